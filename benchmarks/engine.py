@@ -1,0 +1,143 @@
+"""Tokens per second of `TorchEngine` and of `model.generate` on the same rollouts.
+
+    python benchmarks/engine.py [--threads 1] [--repeats 3]
+
+A tiny Qwen3 made here (d=64, 3 layers), 16 prompts x 8 rollouts, ragged lengths. A random model
+never ends by itself, so each rollout has its own token budget; `generate` runs one batch to the
+longest of them and only the tokens within each budget count as useful ("all" counts the rest
+too). In the tool variant each rollout gets 6 tokens of tool output in the middle: the engine
+goes on from its cache, `generate` starts again from the whole conversation. The two take turns;
+medians are printed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from retrain.engines.base import GenerateRequest, SamplingParams
+from retrain.engines.torch_engine import TorchEngine
+
+VOCAB = 512
+PROMPTS, GROUP = 16, 8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One rollout: its prompt, and per turn how much it says and what a tool answers after."""
+
+    prompt: list[int]
+    budgets: list[int]
+    answers: list[list[int]]
+
+
+def demo_model() -> Qwen3ForCausalLM:
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rope_theta=1000.0,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+    )
+    return Qwen3ForCausalLM(config).eval()
+
+
+def make_plans(turns: int, longest: int, seed: int) -> list[Plan]:
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, VOCAB, rng.integers(20, 41)).tolist() for _ in range(PROMPTS)]
+    plans = []
+    for prompt in prompts:
+        for _ in range(GROUP):
+            budgets = rng.integers(longest // 4, longest + 1, turns).tolist()
+            answers = [rng.integers(0, VOCAB, 6).tolist() for _ in range(turns - 1)]
+            plans.append(Plan(prompt, budgets, answers))
+    return plans
+
+
+async def run_engine(engine: TorchEngine, plans: list[Plan]) -> int:
+    async def rollout(index: int, plan: Plan) -> int:
+        ids, session = list(plan.prompt), str(index)
+        for turn, budget in enumerate(plan.budgets):
+            params = SamplingParams(max_new_tokens=budget)
+            request = GenerateRequest(ids, params, seed=97 * index + turn, session=session)
+            ids = ids + list((await engine.generate(request)).token_ids)
+            if turn < len(plan.answers):
+                ids = ids + plan.answers[turn]
+        await engine.end_session(session)
+        return sum(plan.budgets)
+
+    return sum(await asyncio.gather(*(rollout(i, plan) for i, plan in enumerate(plans))))
+
+
+def run_generate(model: Qwen3ForCausalLM, plans: list[Plan]) -> tuple[int, int]:
+    """Useful tokens and all tokens."""
+    conversations = [list(plan.prompt) for plan in plans]
+    everything = 0
+    for turn in range(len(plans[0].budgets)):
+        width = max(map(len, conversations))
+        ids = torch.tensor([[0] * (width - len(c)) + c for c in conversations])
+        mask = torch.tensor([[0] * (width - len(c)) + [1] * len(c) for c in conversations])
+        longest = max(plan.budgets[turn] for plan in plans)
+        out = model.generate(
+            ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+            max_new_tokens=longest, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+        everything += out[:, width:].numel()
+        for conversation, plan, row in zip(conversations, plans, out, strict=True):
+            conversation += row[width : width + plan.budgets[turn]].tolist()
+            if turn < len(plan.answers):
+                conversation += plan.answers[turn]
+    return sum(sum(plan.budgets) for plan in plans), everything
+
+
+async def compare(name: str, turns: int, longest: int, repeats: int) -> None:
+    model = demo_model()
+    engine = TorchEngine(model, max_slots=PROMPTS * GROUP)
+    ours, theirs, theirs_all = [], [], []
+    for repeat in range(repeats + 1):
+        plans = make_plans(turns, longest, repeat)
+        begin = time.perf_counter()
+        tokens = await run_engine(engine, plans)
+        middle = time.perf_counter()
+        useful, everything = run_generate(model, plans)
+        end = time.perf_counter()
+        if repeat > 0:  # the first is a warm-up
+            ours.append(tokens / (middle - begin))
+            theirs.append(useful / (end - middle))
+            theirs_all.append(everything / (end - middle))
+        await engine.update_weights(repeat + 1)
+    await engine.close()
+    ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
+    ratio_all = median(a / b for a, b in zip(ours, theirs_all, strict=True))
+    print(
+        f"{name:12s} engine {median(ours):8.0f} tok/s   generate {median(theirs):8.0f} useful, "
+        f"{median(theirs_all):8.0f} all   ratio {ratio:.2f} useful, {ratio_all:.2f} all"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    asyncio.run(compare("single turn", 1, 64, arguments.repeats))
+    asyncio.run(compare("tool call", 2, 32, arguments.repeats))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""The command line. Heavy imports come inside the commands: `--help` answers at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from retrain import __version__
+from retrain.types import UserError
+
+if TYPE_CHECKING:
+    from retrain.config.root import TrainingConfig
+
+Only = Literal["sft", "eval"]
+
+USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
+"""Exit codes: a mistake in config, data or code of the user's; any other error; Ctrl-C."""
+
+_THIRD_PARTY = ("accelerate", "huggingface_hub", "peft", "torch", "transformers")
+
+app = typer.Typer(
+    name="retrain",
+    help="Train language models to act: tools, several turns, verifiable rewards.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML or TOML file.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key, such as algorithm.hyperparameters.steps=5; may be repeated.",
+    ),
+]
+OutputDir = Annotated[
+    Path | None, typer.Option(help="Where run directories go, instead of the config's output_dir.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"retrain {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
+    """Train language models to act: tools, several turns, verifiable rewards."""
+
+
+@app.command("run")
+def run_command(
+    config: ConfigFile,
+    overrides: Set = None,
+    output_dir: OutputDir = None,
+    debug: Debug = False,
+) -> None:
+    """Run a config: all of its stages."""
+    with _errors(debug):
+        _run(config, _overrides(overrides, output_dir))
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Set = None, debug: Debug = False) -> None:
+    """Check a config and print what a run of it would do."""
+    with _errors(debug):
+        loaded = _load(config, _overrides(overrides))
+        from retrain.loops.check import check as check_config
+
+        typer.echo(check_config(loaded))
+
+
+@app.command()
+def demo(
+    overrides: Set = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
+    output_dir: OutputDir = None,
+    debug: Debug = False,
+) -> None:
+    """Teach a tiny model to use a tool, from scratch: the whole loop in about a minute."""
+    with _errors(debug), as_file(files("retrain") / "recipes" / "demo" / "demo.yaml") as recipe:
+        _run(recipe, _overrides(overrides, output_dir, seed))
+
+
+@app.command()
+def sft(
+    config: ConfigFile,
+    overrides: Set = None,
+    output_dir: OutputDir = None,
+    debug: Debug = False,
+) -> None:
+    """Run only the SFT stages of a config."""
+    with _errors(debug):
+        _run(config, _overrides(overrides, output_dir), only="sft")
+
+
+@app.command("eval")
+def eval_command(
+    config: ConfigFile,
+    overrides: Set = None,
+    output_dir: OutputDir = None,
+    debug: Debug = False,
+) -> None:
+    """Run only the evaluation stages of a config."""
+    with _errors(debug):
+        _run(config, _overrides(overrides, output_dir), only="eval")
+
+
+def main() -> None:
+    app()
+
+
+def _run(path: Path, overrides: list[str], only: Only | None = None) -> None:
+    config = _load(path, overrides)
+    from retrain.loops.run import run
+
+    asyncio.run(run(config, only=only))
+
+
+def _load(path: Path, overrides: list[str]) -> TrainingConfig:
+    from retrain.config.load import load_config
+
+    config = load_config(path, overrides)
+    _set_up_logging(config.logging_level)
+    return config
+
+
+def _overrides(
+    given: list[str] | None, output_dir: Path | None = None, seed: int | None = None
+) -> list[str]:
+    """The `--set` values, then the dedicated options: those win."""
+    overrides = list(given or ())
+    if output_dir is not None:
+        overrides.append(f"output_dir={json.dumps(str(output_dir))}")
+    if seed is not None:
+        overrides.append(f"seed={seed}")
+    return overrides
+
+
+def _set_up_logging(level: str) -> None:
+    from rich.console import Console
+    from rich.logging import RichHandler
+
+    handler: logging.Handler
+    if sys.stderr.isatty():
+        handler = RichHandler(console=Console(stderr=True), show_path=False)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+    else:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(levelname)s %(name)s: %(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("retrain").setLevel(level.upper())
+    if level != "debug":
+        _quiet_third_parties()
+
+
+def _quiet_third_parties() -> None:
+    """Progress bars and advice of the libraries below, off; they read these when imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    for name in _THIRD_PARTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", module=rf"{name}(\.|$)")
+
+
+@contextmanager
+def _errors(debug: bool) -> Iterator[None]:
+    """Turn exceptions into a few lines on standard error and an exit code."""
+    try:
+        yield
+    except (KeyboardInterrupt, asyncio.CancelledError):
+        if debug:
+            traceback.print_exc()
+        _say("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except typer.Exit:
+        raise
+    except BaseExceptionGroup as group:
+        _fail(_first(group), group, debug)
+    except Exception as error:
+        _fail(error, error, debug)
+
+
+def _fail(error: BaseException, shown: BaseException, debug: bool) -> None:
+    if debug:
+        traceback.print_exception(shown)
+    if isinstance(error, UserError):
+        _say(f"error: {error}")
+        raise typer.Exit(USER_ERROR)
+    if isinstance(error, KeyboardInterrupt):
+        _say("interrupted")
+        raise typer.Exit(INTERRUPTED)
+    message = " ".join(str(error).split())
+    _say(f"error: {type(error).__name__}: {message}".removesuffix(": "))
+    if not debug:
+        _say("  Run again with --debug for the traceback.")
+    raise typer.Exit(FAILURE)
+
+
+def _first(error: BaseException) -> BaseException:
+    """The exception to report of a group: an interrupt or the user's mistake, if there is one."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [_first(inner) for inner in error.exceptions]
+    urgent = [e for e in leaves if isinstance(e, KeyboardInterrupt | UserError)]
+    return (urgent or leaves)[0]
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)

@@ -1,0 +1,139 @@
+"""`environment`: what the policy acts in, with which tools, and how it calls them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from retrain.config.base import Section
+from retrain.config.model import ModelConfig
+from retrain.types import TagConfig
+
+
+class ToolConfig(Section):
+    """A tool by name (`python`) or import path (`pkg.module:name`, `tools.py:name`)."""
+
+    name: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class TagsFormat(Section):
+    """A call is written between two tags, and its result put back between two others.
+
+    With one tool the text between the tags is its first argument. With several it is a JSON
+    object `{"name": ..., "arguments": {...}}`.
+    """
+
+    type: Literal["tags"] = "tags"
+    tool_start: str = TagConfig.tool_start
+    tool_end: str = TagConfig.tool_end
+    response_start: str = TagConfig.response_start
+    response_end: str = TagConfig.response_end
+
+    def tags(self) -> TagConfig:
+        return TagConfig(self.tool_start, self.tool_end, self.response_start, self.response_end)
+
+    @model_validator(mode="after")
+    def _valid_tags(self) -> TagsFormat:
+        self.tags()
+        return self
+
+
+class FencedFormat(Section):
+    """A call is a fenced code block of `language`; its result is a fenced block of `output`."""
+
+    type: Literal["fenced"] = "fenced"
+    language: str = Field("python", pattern=r"^[\w+-]+$")
+    output: str = Field("output", pattern=r"^[\w+-]+$")
+
+
+class NativeFormat(Section):
+    """The calls that the tokenizer's own chat template writes."""
+
+    type: Literal["native"] = "native"
+
+
+ToolFormatConfig = Annotated[TagsFormat | FencedFormat | NativeFormat, Field(discriminator="type")]
+
+
+class ToolEnvironmentConfig(Section):
+    """`smolagent`: a conversation with tools, until the model answers without calling one."""
+
+    type: Literal["smolagent"] = "smolagent"
+    tools: list[str | ToolConfig] = Field(default_factory=list)
+    tool_format: ToolFormatConfig = Field(default_factory=TagsFormat)
+    max_steps: int = Field(10, ge=1)
+    """Most MODEL turns of a rollout."""
+    tool_timeout_s: float = Field(30.0, gt=0)
+    tool_retries: int = Field(2, ge=0)
+    """Of a call whose infrastructure failed."""
+    max_output_chars: int = Field(4000, ge=16)
+    """Of one tool result; the middle is left out."""
+    describe_tools: bool = False
+    """Open with a system message about the tools and how to call them (tags and fenced)."""
+
+    @model_validator(mode="after")
+    def _native_describes(self) -> ToolEnvironmentConfig:
+        if self.describe_tools and self.tool_format.type == "native":
+            raise ValueError(
+                "describe_tools does nothing with native tool calls: the chat template "
+                "describes the tools itself"
+            )
+        return self
+
+    def tool_list(self) -> list[ToolConfig]:
+        return [ToolConfig(name=t) if isinstance(t, str) else t for t in self.tools]
+
+
+class QAConfig(Section):
+    """`qa`: one question, one answer."""
+
+    type: Literal["qa"] = "qa"
+
+
+class ScriptedUser(Section):
+    type: Literal["scripted"] = "scripted"
+    replies: list[str] = Field(default_factory=list)
+    replies_column: str | None = None
+    """A column of the prompt source that holds each task's own list of replies."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ScriptedUser:
+        if bool(self.replies) == (self.replies_column is not None):
+            raise ValueError("set exactly one of replies and replies_column")
+        return self
+
+
+class ModelUser(Section):
+    type: Literal["model"] = "model"
+    model: ModelConfig
+    system_prompt: str
+    """A format string over the task's columns, `{prompt}` and `{answer}` among them."""
+    max_new_tokens: int = Field(128, ge=1)
+    temperature: float = Field(1.0, ge=0)
+
+
+class DialogueConfig(Section):
+    """`dialogue`: turns between the policy and a simulated user."""
+
+    type: Literal["dialogue"] = "dialogue"
+    user: Annotated[ScriptedUser | ModelUser, Field(discriminator="type")]
+    max_turns: int = Field(10, ge=1)
+    """Most MODEL turns of a rollout."""
+    stop_phrase: str | None = None
+    """A user reply that contains it ends the dialogue."""
+
+
+class PythonEnvironmentConfig(Section):
+    """`python`: an Environment of your own, by import path."""
+
+    type: Literal["python"] = "python"
+    path: str
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+EnvironmentConfig = Annotated[
+    ToolEnvironmentConfig | QAConfig | DialogueConfig | PythonEnvironmentConfig,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,352 @@
+"""Reading a config: YAML, TOML or a dict, dotted overrides, errors that name the key."""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import reprlib
+import tomllib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from retrain.config.base import Section
+from retrain.config.root import StageConfig, StageKind, TrainingConfig
+from retrain.types import UserError
+
+_SCALAR = re.compile(r"(str|int|float|bool|(list|dict|literal)\[.*)$")
+"""What pydantic calls the members of a union that are no sections."""
+
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 60
+
+
+def load_config(
+    source: str | Path | Mapping[str, Any] | TrainingConfig, overrides: Sequence[str] = ()
+) -> TrainingConfig:
+    """Read, override and check a config; all its stages are checked too.
+
+    `overrides` are `dotted.key=value` strings whose values are YAML; list items go by index.
+
+    Raises:
+        UserError: the file cannot be read, an override does not fit, or keys are wrong.
+    """
+    raw: Mapping[str, Any]
+    if isinstance(source, TrainingConfig):
+        raw, where = source.model_dump(mode="json"), "config"
+    elif isinstance(source, Mapping):
+        raw, where = source, "config"
+    else:
+        raw, where = _read_file(Path(source)), str(source)
+    try:
+        data = _plain(raw)
+    except RecursionError:
+        raise UserError(f"{where}: a value is nested too deeply, or in itself") from None
+    for override in overrides:
+        _apply_override(data, override)
+    config = _validate(data, where)
+    resolve_stages(config, where)
+    return config
+
+
+def resolve_stages(
+    config: TrainingConfig, where: str = "config", *, only: StageKind | None = None
+) -> list[tuple[str, StageKind, TrainingConfig]]:
+    """The pipeline as (name, kind, config with the stage's sections overlaid).
+
+    `only` keeps the stages of one kind; a config without `stages` then has one such stage.
+
+    Raises:
+        UserError: a stage does not check, or lacks the section that it needs.
+    """
+    stages = config.stages
+    if stages is None:
+        stages = _default_stages(config, only)
+    elif only is not None:
+        stages = [stage for stage in stages if stage.kind == only]
+        if not stages:
+            raise UserError(f"{where}: stages has none of kind {only}", "Add one, or run them all.")
+    base = config.model_dump(mode="json", exclude={"stages"})
+    taken = {stage.name for stage in stages if stage.name}
+    resolved: list[tuple[str, StageKind, TrainingConfig]] = []
+    for index, stage in enumerate(stages):
+        merged = merge(base, stage.overlays())
+        place = f"{where}: stages.{index}"
+        stage_config = _validate(merged, place)
+        _require_sections(stage.kind, stage_config, place)
+        name = stage.name or _free_name(stage.kind, taken)
+        if any(name == other for other, _, _ in resolved):
+            raise UserError(f"{place}: two stages have the name {name}", "Rename one of them.")
+        taken.add(name)
+        resolved.append((name, stage.kind, stage_config))
+    return resolved
+
+
+def _free_name(kind: str, taken: Collection[str]) -> str:
+    names = (kind if number == 1 else f"{kind}-{number}" for number in itertools.count(1))
+    return next(name for name in names if name not in taken)
+
+
+def _default_stages(config: TrainingConfig, only: StageKind | None) -> list[StageConfig]:
+    if only is not None:
+        return [StageConfig(kind=only)]
+    if config.prompt_source is None and config.sft is not None:
+        return [StageConfig(kind="sft")]
+    if config.evaluation is None:
+        return [StageConfig(kind="rl")]
+    before, after = (StageConfig(kind="eval", name=name) for name in ("before", "after"))
+    return [before, StageConfig(kind="rl"), after]
+
+
+def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
+    """Overlay nested mappings; a section whose `type` changes is replaced as a whole."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        old = merged.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            retyped = "type" in value and value["type"] != old.get("type", value["type"])
+            merged[key] = dict(value) if retyped else merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def dump_yaml(config: TrainingConfig) -> str:
+    """Every key with its value, nulls too: loading the text gives an equal config."""
+    from io import StringIO
+
+    from ruamel.yaml import YAML
+
+    stream = StringIO()
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
+    yaml.dump(config.model_dump(mode="json"), stream)
+    return stream.getvalue()
+
+
+def _require_sections(kind: StageKind, config: TrainingConfig, place: str) -> None:
+    needed = {"sft": "sft", "rl": "prompt_source", "eval": "evaluation"}[kind]
+    if getattr(config, needed) is None:
+        raise UserError(
+            f"{place}: a stage of kind {kind} needs section {needed}", f"Add `{needed}:`."
+        )
+    rewards = config.reward_setup
+    has_reward = (
+        rewards.step_reward_configs
+        or rewards.rollout_reward_configs
+        or rewards.group_reward_configs
+        or config.environment.type == "python"
+    )
+    if kind == "rl" and not has_reward:
+        raise UserError(
+            f"{place}: reward_setup has no reward, so there is nothing to learn from",
+            "Add an entry under reward_setup.rollout_reward_configs.",
+        )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Section):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
+
+
+def _parse_yaml(text: str) -> Any:
+    from ruamel.yaml import YAML
+
+    return YAML(typ="safe", pure=True).load(text)
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    from ruamel.yaml.error import YAMLError
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        near = difflib.get_close_matches(
+            path.name, [p.name for p in _siblings(path)], n=1, cutoff=0.5
+        )
+        hint = f"Did you mean {path.parent / near[0]}?" if near else "Check the path."
+        raise UserError(f"config file {path} does not exist", hint) from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {path} is not UTF-8 text: {error}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"config file {path} cannot be read: {reason}", "Check the path.") from None
+    try:
+        data = tomllib.loads(text) if path.suffix == ".toml" else _parse_yaml(text)
+    except (YAMLError, ValueError, RecursionError) as error:
+        reason = _syntax_error(error)
+        raise UserError(f"{path} is not valid {_language(path)}: {reason}") from None
+    if not isinstance(data, dict):
+        found = "is empty" if data is None else f"holds a {type(data).__name__}"
+        raise UserError(
+            f"{path} {found}; expected a mapping of sections",
+            "Start with `model:`; docs/guide.md shows a whole file.",
+        )
+    return data
+
+
+def _syntax_error(error: Exception) -> str:
+    from ruamel.yaml.error import MarkedYAMLError
+
+    if isinstance(error, MarkedYAMLError) and error.problem and error.problem_mark:
+        mark = error.problem_mark
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+    return " ".join(str(error).split())
+
+
+def _siblings(path: Path) -> Iterable[Path]:
+    return path.parent.iterdir() if path.parent.is_dir() else ()
+
+
+def _language(path: Path) -> str:
+    return "TOML" if path.suffix == ".toml" else "YAML"
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    from ruamel.yaml.error import YAMLError
+
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(
+            f"--set {override!r} is not key=value",
+            "Example: --set algorithm.hyperparameters.steps=5",
+        )
+    try:
+        value = _parse_yaml(text) if text else None
+    except (YAMLError, ValueError, RecursionError):
+        value = text
+    node: Any = data
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        last = depth == len(parts) - 1
+        if isinstance(node, list):
+            if not part.isdigit() or int(part) >= len(node):
+                raise UserError(
+                    f"--set {key}: {'.'.join(parts[:depth])} is a list of {len(node)}; "
+                    f"{part!r} is not an index into it"
+                )
+            index: Any = int(part)
+        elif isinstance(node, dict):
+            index = part
+            if not last and node.get(part) is None:
+                node[part] = {}
+        else:
+            raise UserError(f"--set {key}: {'.'.join(parts[:depth])} is a value, not a section")
+        if last:
+            node[index] = value
+        else:
+            node = node[index]
+
+
+def _validate(data: Mapping[str, Any], where: str) -> TrainingConfig:
+    try:
+        config = TrainingConfig.model_validate(data)
+    except ValidationError as error:
+        lines = [f"{where}: {line}" for line in _explain_all(error.errors())]
+        raise UserError("\n".join(lines), "See docs/config.md for every key.") from None
+    try:
+        config.model_dump(mode="json")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{where}: a value cannot be written as YAML: {error}",
+            "Use numbers, strings, booleans, lists and mappings only.",
+        ) from None
+    return config
+
+
+def _explain_all(errors: Sequence[ErrorDetails]) -> list[str]:
+    """One line per error. Of a value that fits neither a scalar nor a section, the errors
+    inside the section say more than the scalar's: those are left out."""
+    explained = [(_place(error["loc"]), error) for error in errors]
+    paths = [place.path for place, _ in explained]
+    return list(
+        dict.fromkeys(
+            _explain(place, error)
+            for place, error in explained
+            if not (place.scalar and any(p.startswith(f"{place.path}.") for p in paths))
+        )
+    )
+
+
+def _explain(place: _Place, error: ErrorDetails) -> str:
+    path, kind = place.path, error["type"]
+    if kind == "extra_forbidden":
+        key = str(error["loc"][-1])
+        near = difflib.get_close_matches(key, place.keys, n=1, cutoff=0.5)
+        keys = ", ".join(sorted(place.keys))
+        return f"unknown key {path}; " + (f"did you mean {near[0]!r}?" if near else f"keys: {keys}")
+    if kind == "missing":
+        return f"{path} is missing"
+    if kind == "union_tag_not_found":
+        return f"{path}.type is missing; one of: {', '.join(place.tags)}"
+    if kind == "union_tag_invalid":
+        tag = str(error["ctx"]["tag"])
+        near = difflib.get_close_matches(tag, place.tags, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(place.tags)}"
+        return f"{path}.type: there is no {tag!r}; {hint}"
+    if kind == "value_error":
+        message = error["msg"].removeprefix("Value error, ")
+        return f"{path}: {message}" if path else message
+    message = error["msg"][:1].lower() + error["msg"][1:]
+    if kind == "model_type":
+        message = "expected a mapping"
+    return f"{path}: {message}, got {_short.repr(error['input'])}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in the file an error is."""
+
+    path: str
+    """Dotted, without the tags that pydantic puts in for members of a union."""
+    keys: frozenset[str]
+    """Valid beside the last part of the path."""
+    tags: tuple[str, ...]
+    """Values of `type` that the sections at the path have."""
+    scalar: bool
+    """The error is that of a union's member that is no section."""
+
+
+def _place(loc: tuple[int | str, ...]) -> _Place:
+    """Follow pydantic's location through the sections that it may lie in."""
+    around: list[type[Section]] = []
+    at: list[type[Section]] = [TrainingConfig]
+    path: list[str] = []
+    scalar = False
+    for part in loc:
+        fields = [m.model_fields[part] for m in at if part in m.model_fields]
+        chosen = [] if fields else [m for m in at if part == m.__name__ or part in _tags(m)]
+        if chosen:
+            at = chosen
+        elif path and isinstance(part, str) and _SCALAR.match(part) and not fields:
+            scalar = True
+        else:
+            path.append(str(part))
+            around = at
+            if fields:
+                at = [section for f in fields for section in _sections(f.annotation)]
+    keys = frozenset(key for model in around for key in model.model_fields)
+    tags = tuple(str(tag) for model in at for tag in _tags(model))
+    return _Place(".".join(path), keys, tags, scalar)
+
+
+def _tags(model: type[Section]) -> tuple[Any, ...]:
+    field = model.model_fields.get("type")
+    return () if field is None else get_args(field.annotation)
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [s for arg in get_args(annotation) for s in _sections(arg)]

@@ -1,0 +1,69 @@
+"""`model`: which policy trains, where it comes from, and how it is adapted."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from retrain.config.base import Section
+
+
+class LoraConfig(Section):
+    """LoRA through peft (Hu et al., 2021)."""
+
+    r: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0.0, le=0.0)
+    """Must be 0: with dropout, what the learner computes is not what the engine sampled from."""
+    target_modules: list[str] | Literal["all-linear"] = "all-linear"
+
+
+class TokenizerFromScratch(Section):
+    """A byte-level BPE trained on the spot; single digits, special tokens kept whole."""
+
+    vocab_size: int = Field(512, ge=258)
+    corpus: str
+    """Import path of a function that returns the texts to train on."""
+    params: dict[str, Any] = Field(default_factory=dict)
+    special_tokens: list[str] = Field(default_factory=list)
+    """Besides `<|endoftext|>`, which ends a turn."""
+
+
+class FromScratch(Section):
+    """A seeded, randomly initialised transformers model and its tokenizer."""
+
+    model_type: str = "qwen3"
+    """Any causal LM type that transformers knows."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that type's config class."""
+    tokenizer: TokenizerFromScratch
+
+
+class ModelConfig(Section):
+    name_or_path: str | None = None
+    """A hub id or a directory in Hugging Face format."""
+    revision: str | None = None
+    from_scratch: FromScratch | None = None
+    loader: Literal["huggingface", "unsloth"] = "huggingface"
+    torch_dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    device: str = "auto"
+    """`auto` is cuda where there is one, else cpu."""
+    trust_remote_code: bool = False
+    attn_implementation: str | None = None
+    gradient_checkpointing: bool = False
+    peft: LoraConfig | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> ModelConfig:
+        if (self.name_or_path is None) == (self.from_scratch is None):
+            raise ValueError("set exactly one of name_or_path and from_scratch")
+        if self.from_scratch is not None:
+            for key in ("revision", "attn_implementation"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key} needs name_or_path; it does nothing from_scratch")
+            if self.trust_remote_code:
+                raise ValueError("trust_remote_code needs name_or_path")
+            if self.loader != "huggingface":
+                raise ValueError("loader: unsloth needs name_or_path")
+        return self

@@ -1,0 +1,38 @@
+"""`reward_setup`: what a rollout is worth."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from retrain.config.base import Section
+
+
+class RewardConfig(Section):
+    function: str | None = None
+    """A built-in name or an import path; by default the key that this entry stands under."""
+    weight: float = 1.0
+    params: dict[str, Any] = Field(default_factory=dict)
+    verifiers: list[str] = Field(default_factory=list)
+    verifier_penalty: float = 0.0
+    """What the component becomes, unweighted, when one of its verifiers fails."""
+
+
+class RolloutRewardConfig(RewardConfig):
+    distribution_strategy: Literal["last_step", "all_steps_average", "all_steps_equal"] = (
+        "last_step"
+    )
+
+
+class RewardSetup(Section):
+    step_reward_configs: dict[str, RewardConfig] = Field(default_factory=dict)
+    rollout_reward_configs: dict[str, RolloutRewardConfig] = Field(default_factory=dict)
+    group_reward_configs: dict[str, RewardConfig] = Field(default_factory=dict)
+    verifiers: list[str] = Field(default_factory=list)
+    """Gate the whole reward: when one fails, the total becomes `verifier_penalty`."""
+    verifier_penalty: float = 0.0
+    on_error: Literal["stop", "mask", "penalty"] = "stop"
+    """What a reward or verifier that raises or returns NaN does."""
+    error_penalty: float = 0.0
+    """The component's value under `on_error: penalty`."""

@@ -1,0 +1,14 @@
+"""Tasks and traces: from files, datasets and functions."""
+
+from retrain.data.messages import messages_from_dicts, messages_to_dicts
+from retrain.data.sources import TaskSource, load_tasks
+from retrain.data.traces import Trace, load_traces
+
+__all__ = [
+    "TaskSource",
+    "Trace",
+    "load_tasks",
+    "load_traces",
+    "messages_from_dicts",
+    "messages_to_dicts",
+]

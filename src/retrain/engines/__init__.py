@@ -1,0 +1,5 @@
+"""Engines sample from the policy. `retrain.engines.torch_engine` needs torch; this does not."""
+
+from retrain.engines.base import Completion, Engine, GenerateRequest, SamplingParams
+
+__all__ = ["Completion", "Engine", "GenerateRequest", "SamplingParams"]

@@ -1,0 +1,176 @@
+"""Who sits in which slot, and every per-token column of it.
+
+A slot's sequence has `known` tokens, of which the model has run the first `length`. One rule
+covers prompts, tool results and sampling alike: a step runs token `length`, and if that was the
+last known one, the token sampled after it becomes known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from retrain.engines.sampling import UNIFORM_BLOCK
+
+COLUMN_BLOCK = 64
+SLOT_BLOCK = 16
+
+
+@dataclass
+class Owner:
+    """Whose cache a slot keeps between requests."""
+
+    session: str | None
+    last_used: int
+
+
+class SlotTable:
+    """Columns of all slots, as arrays indexed by slot.
+
+    `ids`, `logprobs`, `versions` are [slots, columns], `uniforms` [slots, UNIFORM_BLOCK], the
+    others [slots]: a request ends when `known` reaches `end`, `drawn` uniform numbers are used
+    up, `rule` is the index of its stop rule, `truncated` says that top-k or top-p applies. A
+    freed slot keeps its tokens until it is taken again, so that others can copy a prefix.
+    """
+
+    def __init__(self, max_slots: int) -> None:
+        self.max_slots = max_slots
+        self.ids = np.zeros((0, 0), dtype=np.int32)
+        self.logprobs = np.zeros((0, 0), dtype=np.float32)
+        self.versions = np.zeros((0, 0), dtype=np.int32)
+        self.length = np.zeros(max_slots, dtype=np.int64)
+        self.known = np.zeros(max_slots, dtype=np.int64)
+        self.end = np.zeros(max_slots, dtype=np.int64)
+        self.active = np.zeros(max_slots, dtype=np.bool_)
+        self.temperature = np.ones(max_slots, dtype=np.float32)
+        self.truncated = np.zeros(max_slots, dtype=np.bool_)
+        self.rule = np.zeros(max_slots, dtype=np.int64)
+        self.uniforms = np.zeros((max_slots, UNIFORM_BLOCK), dtype=np.float32)
+        self.drawn = np.zeros(max_slots, dtype=np.int64)
+        self.owners: list[Owner | None] = [None] * max_slots
+        self.by_session: dict[str, int] = {}
+        self._clock = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.ids.shape[0], self.ids.shape[1]
+
+    @property
+    def extent(self) -> int:
+        """One more than the highest active slot."""
+        active = np.flatnonzero(self.active)
+        return int(active[-1]) + 1 if len(active) else 0
+
+    def reserve(self, slots: int, columns: int) -> None:
+        """Grow by whole blocks to at least `slots` rows and `columns` columns."""
+        rows, width = self.shape
+        if slots <= rows and columns <= width:
+            return
+        if slots > rows:
+            rows = min(self.max_slots, max(_blocks(slots, SLOT_BLOCK), 2 * rows))
+        if columns > width:
+            width = max(_blocks(columns, COLUMN_BLOCK), _blocks(5 * width // 4, COLUMN_BLOCK))
+        for name in ("ids", "logprobs", "versions"):
+            old = getattr(self, name)
+            new = np.zeros((rows, width), dtype=old.dtype)
+            new[: old.shape[0], : old.shape[1]] = old
+            setattr(self, name, new)
+
+    def take(self, session: str | None) -> int | None:
+        """A slot for a request of `session`: its own, else the lowest free one, else that of the
+        waiting session used least recently; None where all are active."""
+        self._clock += 1
+        own = self.by_session.get(session) if session is not None else None
+        if own is not None and not self.active[own]:
+            self._owner(own).last_used = self._clock
+            return own
+        free = next((s for s, owner in enumerate(self.owners) if owner is None), None)
+        slot = self._least_recent() if free is None else free
+        if slot is None:
+            return None
+        self.release(slot)
+        # A session's second request at the same time gets a slot that nobody returns to.
+        keep = session if own is None else None
+        self.owners[slot] = Owner(keep, self._clock)
+        if keep is not None:
+            self.by_session[keep] = slot
+        return slot
+
+    def _least_recent(self) -> int | None:
+        waiting = [s for s in range(self.max_slots) if not self.active[s]]
+        return min(waiting, key=lambda s: self._owner(s).last_used, default=None)
+
+    def _owner(self, slot: int) -> Owner:
+        owner = self.owners[slot]
+        assert owner is not None
+        return owner
+
+    def deactivate(self, slot: int) -> None:
+        """End a request; the cache stays if a session may come back for it."""
+        self.active[slot] = False
+        if self._owner(slot).session is None:
+            self.release(slot)
+
+    def disown(self, slot: int) -> None:
+        """Nobody will come back for this slot: it is free as soon as its request ends."""
+        owner = self._owner(slot)
+        if owner.session is not None:
+            del self.by_session[owner.session]
+            owner.session = None
+
+    def release(self, slot: int) -> None:
+        owner = self.owners[slot]
+        self.active[slot] = False
+        if owner is not None and owner.session is not None:
+            del self.by_session[owner.session]
+        self.owners[slot] = None
+
+    def shared_prefix(self, slot: int, prompt: np.ndarray) -> int:
+        """How many first tokens of `prompt` the slot has run."""
+        count = min(int(self.length[slot]), len(prompt))
+        differs = np.flatnonzero(self.ids[slot, :count] != prompt[:count])
+        return int(differs[0]) if len(differs) else count
+
+    def best_donor(self, prompt: np.ndarray) -> tuple[int, int]:
+        """The slot that has run the longest prefix of `prompt`, and its length."""
+        count = min(len(prompt), self.shape[1])
+        differs = self.ids[:, :count] != prompt[:count]
+        shared = np.where(differs.any(1), differs.argmax(1), count)
+        shared = np.minimum(shared, self.length[: len(shared)])
+        donor = int(shared.argmax())
+        return donor, int(shared[donor])
+
+    def forget(self) -> None:
+        """The weights changed: nothing that was run counts any more."""
+        self.length[:] = 0
+        for slot in range(self.max_slots):
+            if not self.active[slot]:
+                self.release(slot)
+
+    def compaction(self) -> tuple[list[int], list[int]]:
+        """Active slots to move and the lower ones to swap them with; empty while tight enough."""
+        count, extent = int(self.active.sum()), self.extent
+        if extent - count < max(2, extent // 8):
+            return [], []
+        holes = np.flatnonzero(~self.active[:count])
+        movers = np.flatnonzero(self.active[count:extent]) + count
+        return movers.tolist(), holes.tolist()
+
+    def swap(self, first: list[int], second: list[int]) -> None:
+        """Exchange slots pairwise, everything included."""
+        source, target = first + second, second + first
+        state = (self.ids, self.logprobs, self.versions, self.length, self.known, self.end)
+        sampling = (self.temperature, self.truncated, self.rule, self.uniforms, self.drawn)
+        for column in (*state, self.active, *sampling):
+            column[target] = column[source]
+        for a, b in zip(first, second, strict=True):
+            self.owners[a], self.owners[b] = self.owners[b], self.owners[a]
+        for slot in source:
+            owner = self.owners[slot]
+            if owner is not None and owner.session is not None:
+                self.by_session[owner.session] = slot
+
+
+def _blocks(count: int, block: int) -> int:
+    return -(-count // block) * block

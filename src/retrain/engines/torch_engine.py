@@ -1,0 +1,244 @@
+"""The in-process engine: samples from the very module that the learner trains."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import threading
+from array import array
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from retrain.engines.base import Completion, GenerateRequest
+from retrain.engines.scheduler import Job, Outcome, Scheduler
+from retrain.engines.stops import StopRules
+from retrain.models.forward import architecture_setting, selected_logprobs, unwrap
+from retrain.types import InfrastructureError, UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class TorchEngine:
+    """Continuous batching over any causal language model of transformers.
+
+    The module is used in place: it reads the learner's weights, so `update_weights` copies
+    nothing and only voids the caches. Whoever trains the module must not do so while requests
+    are in flight. The engine puts it in evaluation mode when it starts to generate and leaves
+    it there: a learner calls `model.train()` at the start of its own update if it needs
+    dropout or gradient checkpointing. Decoding runs in one thread, started by the first call.
+
+    Args:
+        model: a causal language model, PEFT-wrapped or not, on any one device.
+        tokenizer: needed for stop strings only.
+        max_slots: most sequences decoded, or kept for a waiting session, at once.
+        context_limit: most tokens of a sequence; the model's `max_position_embeddings` if None.
+        version: the policy version of the weights as they are now.
+
+    Raises:
+        UserError: `context_limit` is missing and the architecture names none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tokenizer: Any = None,
+        max_slots: int = 128,
+        context_limit: int | None = None,
+        version: int = 0,
+    ) -> None:
+        self._context_limit = context_limit or architecture_setting(model, "max_position_embeddings")
+        if not self._context_limit:
+            raise UserError(
+                f"{type(unwrap(model)).__name__} names no context limit",
+                "pass context_limit=... to TorchEngine",
+            )
+        self._model = model
+        self._vocab_size: int = unwrap(model).get_output_embeddings().weight.shape[0]
+        self._rules = StopRules(tokenizer, self._vocab_size)
+        self._scheduler = Scheduler(model, max_slots, self._context_limit, version)
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._arrived: list[Job] = []
+        self._thread: threading.Thread | None = None
+        self._closed = False
+
+    @property
+    def context_limit(self) -> int:
+        return int(self._context_limit)
+
+    @property
+    def prefilled_tokens(self) -> int:
+        """Context tokens run in prefill calls so far; copied and cached ones do not count."""
+        return self._scheduler.prefilled_tokens
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        """Sample one continuation; see `Engine.generate`.
+
+        Raises:
+            UserError: an empty prompt, a token id outside the vocabulary, or sampling
+                parameters that make no sense.
+            InfrastructureError: the decode thread failed; its cause is chained.
+            FloatingPointError: the model's logits are not finite.
+        """
+        self._check(request)
+        params = request.params
+        rule = self._rules.rule(params.stop, params.stop_token_ids)
+        if len(request.prompt_ids) >= self.context_limit:
+            return Completion(array("i"), array("f"), array("i"), "context")
+        loop = asyncio.get_running_loop()
+        job = Job(request, rule, loop.create_future(), loop)
+        # What is asked for in the same turn of the event loop is admitted together: a group
+        # then shares its prefill.
+        self._arrived.append(job)
+        if len(self._arrived) == 1:
+            loop.call_soon(self._hand_over)
+        try:
+            return await job.future
+        except asyncio.CancelledError:
+            job.cancelled = True
+            self._post(lambda: self._scheduler.cancel(job))
+            raise
+
+    def _check(self, request: GenerateRequest) -> None:
+        prompt, params = request.prompt_ids, request.params
+        if not prompt:
+            raise UserError("the prompt has no tokens", "give at least one, such as a start token")
+        if min(prompt) < 0 or max(prompt) >= self._vocab_size:
+            raise UserError(
+                f"the prompt has token ids outside the vocabulary of {self._vocab_size}",
+                "use the model's own tokenizer",
+            )
+        if params.max_new_tokens < 1 or params.temperature < 0 or params.top_k < 0:
+            raise UserError(
+                f"sampling parameters out of range: {params}",
+                "max_new_tokens is at least 1; temperature and top_k are not negative",
+            )
+        if not 0 < params.top_p <= 1:
+            raise UserError(f"top_p is {params.top_p}", "use a value above 0 and up to 1")
+
+    def _hand_over(self) -> None:
+        jobs, self._arrived = self._arrived, []
+        self._post(lambda: self._scheduler.submit(jobs))
+
+    async def score(self, token_ids: list[int], temperature: float = 1.0) -> array[float]:
+        """Log-probability of each token given those before it [T]; 0.0 for the first."""
+
+        def run() -> array[float]:
+            if self._model.training:
+                self._model.eval()
+            device = next(self._model.parameters()).device
+            ids = torch.tensor([token_ids], device=device)
+            mask = torch.ones_like(ids, dtype=torch.bool)
+            mask[:, 0] = False
+            lengths = torch.tensor([len(token_ids)], device=device)
+            logprobs = selected_logprobs(self._model, ids, lengths, mask, temperature)
+            return array("f", logprobs[0].tolist())
+
+        return await self._in_thread(run) if token_ids else array("f")
+
+    async def end_session(self, session: str) -> None:
+        await self._in_thread(lambda: self._scheduler.end_session(session))
+
+    async def update_weights(self, version: int) -> None:
+        """The module's weights are now those of `version`: caches are void.
+
+        A request in flight goes on under the new weights; its tokens carry their own versions.
+        """
+        await self._in_thread(lambda: self._scheduler.set_version(version))
+
+    async def close(self) -> None:
+        """Stop the decode thread; requests in flight fail with InfrastructureError."""
+        self._closed = True
+        if self._thread is not None:
+            self._inbox.put(None)
+            await asyncio.to_thread(self._thread.join)
+            self._thread = None
+
+    async def _in_thread(self, run: Callable[[], T]) -> T:
+        """Call between two decode steps, where nothing else touches the model."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[T] = loop.create_future()
+
+        def call() -> None:
+            try:
+                result: T | BaseException = run()
+            except Exception as error:
+                result = error
+            _post_to(loop, lambda: _settle(future, result))
+
+        self._post(call)
+        return await future
+
+    def _post(self, command: Callable[[], None]) -> None:
+        if self._closed:
+            raise InfrastructureError("the engine is closed")
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._decode, name="decode", daemon=True)
+            self._thread.start()
+        self._inbox.put(command)
+
+    def _decode(self) -> None:
+        """The thread's main function.
+
+        Inference mode is a tenth faster than `no_grad`, but what a forward pass leaves in the
+        module under it cannot take part in the learner's backward pass. Rotary tables that
+        change with the context are such a thing.
+        """
+        rope = architecture_setting(self._model, "rope_parameters") or {}
+        changing = "dynamic" in str(rope) or "longrope" in str(rope)
+        with torch.no_grad(), torch.inference_mode(not changing):
+            self._work()
+
+    def _work(self) -> None:
+        """Commands between steps, steps while there is work."""
+        while True:
+            while not self._scheduler.busy or not self._inbox.empty():
+                command = self._inbox.get()
+                if command is None:
+                    self._fail(InfrastructureError("the engine was closed"))
+                    return
+                command()
+            try:
+                self._deliver(self._scheduler.advance())
+            except Exception as error:
+                logger.exception("decoding failed; its requests fail with it")
+                failure = InfrastructureError(f"decoding failed: {type(error).__name__}: {error}")
+                failure.__cause__ = error
+                self._fail(failure)
+
+    def _fail(self, error: Exception) -> None:
+        self._deliver([(job, error) for job in self._scheduler.abort()])
+
+    def _deliver(self, outcomes: list[Outcome]) -> None:
+        by_loop: dict[asyncio.AbstractEventLoop, list[Outcome]] = defaultdict(list)
+        for outcome in outcomes:
+            by_loop[outcome[0].loop].append(outcome)
+        for loop, ended in by_loop.items():
+
+            def settle(ended: list[Outcome] = ended) -> None:
+                for job, result in ended:
+                    _settle(job.future, result)
+
+            _post_to(loop, settle)
+
+
+def _settle(future: asyncio.Future[T], result: T | BaseException) -> None:
+    if future.done():
+        return
+    if isinstance(result, BaseException):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def _post_to(loop: asyncio.AbstractEventLoop, callback: Callable[[], None]) -> None:
+    with contextlib.suppress(RuntimeError):  # a closed loop has nobody left to tell
+        loop.call_soon_threadsafe(callback)

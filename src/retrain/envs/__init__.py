@@ -1,0 +1,16 @@
+"""Worlds to act in."""
+
+from retrain.envs.base import Agent, Environment, Step
+from retrain.envs.dialogue import DialogueEnvironment, ScriptedUser, SimulatedUser
+from retrain.envs.tools import TOOLS_OFF, ToolEnvironment
+
+__all__ = [
+    "TOOLS_OFF",
+    "Agent",
+    "DialogueEnvironment",
+    "Environment",
+    "ScriptedUser",
+    "SimulatedUser",
+    "Step",
+    "ToolEnvironment",
+]

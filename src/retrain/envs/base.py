@@ -1,0 +1,98 @@
+"""What an environment is: `run(task, agent)` makes a rollout.
+
+Subclass `Environment` and override `reset` and `step` for a world of your own. Each rollout gets
+its own shallow copy, so `self` may hold that rollout's state from `reset` on.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol, Self
+
+from retrain.rendering import ToolSchema
+from retrain.types import Message, Rollout, StopReason, Task
+
+
+class Agent(Protocol):
+    """The policy as an environment sees it."""
+
+    def start(self, task: Task) -> Rollout:
+        """An empty rollout of this agent for a task."""
+        ...
+
+    async def act(self, rollout: Rollout, tools: Sequence[ToolSchema] = ()) -> Message:
+        """Sample the next MODEL message and append it to the rollout.
+
+        Raises:
+            InfrastructureError: the engine failed.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a MODEL message led to: messages to append, an intrinsic reward, and whether to stop."""
+
+    messages: Sequence[Message] = ()
+    reward: float = 0.0
+    stop: StopReason | None = None
+
+
+class Environment:
+    """A loop of `act` and `step` until one of them stops it."""
+
+    max_steps: int = 10
+    """Most MODEL turns of a rollout."""
+
+    def spawn(self) -> Self:
+        """The copy that serves one rollout."""
+        return copy.copy(self)
+
+    @property
+    def tool_schemas(self) -> Sequence[ToolSchema]:
+        """Tools that the policy may call; written into the prompt where the format does that."""
+        return ()
+
+    async def reset(self, task: Task) -> Sequence[Message]:
+        """The messages that a rollout starts with."""
+        return task.prompt
+
+    async def step(self, rollout: Rollout, message: Message) -> Step:
+        """Answer the policy's message, which is the last of the rollout. By default: stop."""
+        return Step(stop="answered")
+
+    async def finish(self, rollout: Rollout) -> None:
+        """Release what `reset` and `step` opened; called once, also after a failure."""
+
+    async def close(self) -> None:
+        """Release what the environment as a whole holds; called once, at the end of the run."""
+
+    async def run(self, task: Task, agent: Agent) -> Rollout:
+        """One rollout, from reset to stop."""
+        rollout = agent.start(task)
+        try:
+            rollout.add_messages(*await self.reset(task))
+            while rollout.stop_reason is None:
+                message = await agent.act(rollout, self.tool_schemas)
+                rollout.stop_reason = _cut_short(message)
+                if rollout.stop_reason is not None:
+                    rollout.env_rewards.append(0.0)
+                    break
+                step = await self.step(rollout, message)
+                rollout.add_messages(*step.messages)
+                rollout.env_rewards.append(step.reward)
+                rollout.stop_reason = step.stop
+                if step.stop is None and len(rollout.env_rewards) >= self.max_steps:
+                    rollout.stop_reason = "max_steps"
+        finally:
+            await self.finish(rollout)
+        return rollout
+
+
+def _cut_short(message: Message) -> StopReason | None:
+    reason = message.turn.finish_reason if message.turn else None
+    if reason == "length":
+        return "length"
+    return "context" if reason == "context" else None

@@ -1,0 +1,224 @@
+"""From config sections to the objects that do the work. The only place that knows both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from retrain.config.environment import (
+    DialogueConfig,
+    FencedFormat as FencedFormatConfig,
+    ModelUser as ModelUserConfig,
+    PythonEnvironmentConfig,
+    ScriptedUser as ScriptedUserConfig,
+    TagsFormat,
+    ToolEnvironmentConfig,
+)
+from retrain.config.algorithm import Optimization
+from retrain.config.rewards import RewardConfig, RewardSetup, RolloutRewardConfig
+from retrain.config.root import TrainingConfig
+from retrain.engines import SamplingParams
+from retrain.engines.torch_engine import TorchEngine
+from retrain.envs import (
+    DialogueEnvironment,
+    Environment,
+    ScriptedUser,
+    SimulatedUser,
+    ToolEnvironment,
+)
+from retrain.importing import import_object
+from retrain.learner import Schedule, TorchLearner
+from retrain.models import Policy, load_policy
+from retrain.rendering import (
+    Codec,
+    FencedFormat,
+    NativeFormat,
+    Renderer,
+    TagFormat,
+    Template,
+    ToolFormat,
+    make_template,
+)
+from retrain.rewards import RewardCalculator, RewardSpec, resolve_reward, resolve_verifier
+from retrain.rewards.spec import RewardKind
+from retrain.rollout import ModelUser
+from retrain.sandbox import Sandbox, make_sandbox
+from retrain.tools import Tool, resolve_tool
+from retrain.types import UserError
+
+
+def build_engine(config: TrainingConfig, policy: Policy) -> TorchEngine:
+    return TorchEngine(
+        policy.model,
+        tokenizer=policy.tokenizer,
+        max_slots=config.engine.max_slots,
+        context_limit=config.engine.context_limit,
+    )
+
+
+def build_renderer(config: TrainingConfig, policy: Policy) -> Renderer:
+    """The renderer of the policy's tokenizer and the environment's tool format."""
+    template = make_template(policy.tokenizer)
+    codec = Codec(policy.tokenizer, _model_stop_tokens(policy))
+    environment = config.environment
+    tool_format = None
+    if isinstance(environment, ToolEnvironmentConfig) and environment.tools:
+        tool_format = _tool_format(environment, template)
+    return Renderer(codec, template, tool_format)
+
+
+def _tool_format(environment: ToolEnvironmentConfig, template: Template) -> ToolFormat:
+    chosen = environment.tool_format
+    if isinstance(chosen, TagsFormat):
+        return TagFormat(chosen.tags())
+    if isinstance(chosen, FencedFormatConfig):
+        return FencedFormat(chosen.language, chosen.output)
+    return NativeFormat(template)
+
+
+def _model_stop_tokens(policy: Policy) -> list[int]:
+    generation = getattr(policy.model, "generation_config", None)
+    stop = None if generation is None else generation.eos_token_id
+    if stop is None:
+        return []
+    return [stop] if isinstance(stop, int) else list(stop)
+
+
+def build_sandbox(config: TrainingConfig) -> Sandbox:
+    sandbox = config.sandbox
+    return make_sandbox(
+        sandbox.type,
+        timeout_s=sandbox.timeout_s,
+        memory_mb=sandbox.memory_mb,
+        max_output_chars=sandbox.max_output_chars,
+        max_concurrency=sandbox.max_concurrency,
+    )
+
+
+def build_tools(config: TrainingConfig, sandbox: Sandbox) -> list[Tool]:
+    environment = config.environment
+    if not isinstance(environment, ToolEnvironmentConfig):
+        return []
+    tools = []
+    for tool in environment.tool_list():
+        params: dict[str, Any] = dict(tool.params)
+        if tool.name == "python":
+            params.setdefault("sandbox", sandbox)
+        tools.append(resolve_tool(tool.name, params))
+    return tools
+
+
+def build_environment(
+    config: TrainingConfig, renderer: Renderer, sandbox: Sandbox, *, tools_enabled: bool = True
+) -> Environment:
+    """The environment; a dialogue's model user is loaded here.
+
+    Raises:
+        UserError: a tool, environment or model that cannot be found or does not fit.
+    """
+    section = config.environment
+    if isinstance(section, ToolEnvironmentConfig):
+        return ToolEnvironment(
+            build_tools(config, sandbox),
+            renderer,
+            max_steps=section.max_steps,
+            timeout_s=section.tool_timeout_s,
+            retries=section.tool_retries,
+            max_output_chars=section.max_output_chars,
+            describe_tools=section.describe_tools,
+            enabled=tools_enabled,
+        )
+    if isinstance(section, DialogueConfig):
+        return DialogueEnvironment(
+            _build_user(section, config),
+            max_turns=section.max_turns,
+            stop_phrase=section.stop_phrase,
+        )
+    if isinstance(section, PythonEnvironmentConfig):
+        return _import_environment(section)
+    return Environment()
+
+
+def _build_user(section: DialogueConfig, config: TrainingConfig) -> SimulatedUser:
+    user = section.user
+    if isinstance(user, ScriptedUserConfig):
+        return ScriptedUser(user.replies, user.replies_column)
+    assert isinstance(user, ModelUserConfig)
+    policy = load_policy(user.model, seed=config.seed)
+    policy.model.requires_grad_(False)
+    template = make_template(policy.tokenizer)
+    return ModelUser(
+        TorchEngine(
+            policy.model, tokenizer=policy.tokenizer, max_slots=config.engine.max_slots
+        ),
+        Renderer(Codec(policy.tokenizer, _model_stop_tokens(policy)), template),
+        system_prompt=user.system_prompt,
+        params=SamplingParams(user.max_new_tokens, user.temperature),
+        run_seed=config.seed,
+    )
+
+
+def _import_environment(section: PythonEnvironmentConfig) -> Environment:
+    kind = import_object(section.path, "environment")
+    if not (isinstance(kind, type) and issubclass(kind, Environment)):
+        raise UserError(
+            f"environment.path: {section.path} is not a subclass of retrain.Environment",
+            "Derive it from retrain.Environment and override reset and step.",
+        )
+    try:
+        return kind(**section.params)
+    except TypeError as error:
+        raise UserError(f"environment.params do not fit {section.path}: {error}") from error
+
+
+def build_calculator(setup: RewardSetup) -> RewardCalculator:
+    """The reward set-up with every name resolved.
+
+    Raises:
+        UserError: unknown reward or verifier, or parameters that do not fit.
+    """
+    specs = [
+        *(_spec(k, c, "step") for k, c in setup.step_reward_configs.items()),
+        *(_spec(k, c, "rollout") for k, c in setup.rollout_reward_configs.items()),
+        *(_spec(k, c, "group") for k, c in setup.group_reward_configs.items()),
+    ]
+    return RewardCalculator(
+        specs,
+        verifiers=[(name, resolve_verifier(name)) for name in setup.verifiers],
+        verifier_penalty=setup.verifier_penalty,
+        on_error=setup.on_error,
+        error_penalty=setup.error_penalty,
+    )
+
+
+def _spec(key: str, config: RewardConfig, kind: RewardKind) -> RewardSpec:
+    strategy = "last_step"
+    if isinstance(config, RolloutRewardConfig):
+        strategy = config.distribution_strategy
+    return RewardSpec(
+        name=key,
+        function=resolve_reward(config.function or key, kind),
+        kind=kind,
+        weight=config.weight,
+        params=config.params,
+        verifiers=tuple((name, resolve_verifier(name)) for name in config.verifiers),
+        verifier_penalty=config.verifier_penalty,
+        distribution_strategy=strategy,  # type: ignore[arg-type]
+    )
+
+
+def build_learner(
+    settings: Optimization, policy: Policy, *, total_updates: int, temperature: float = 1.0
+) -> TorchLearner:
+    return TorchLearner(
+        policy.model,
+        learning_rate=settings.learning_rate,
+        optimizer=settings.optimizer,
+        betas=settings.betas,
+        weight_decay=settings.weight_decay,
+        schedule=Schedule(
+            settings.schedule, total_updates, settings.warmup_steps, settings.min_lr_ratio
+        ),
+        max_grad_norm=settings.max_grad_norm,
+        micro_batch_tokens=settings.micro_batch_tokens,
+        temperature=temperature,
+    )

@@ -1,0 +1,172 @@
+"""Evaluation: rollouts on held-out tasks, in several modes, with intervals."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from retrain.config.root import TrainingConfig
+from retrain.config.stages import EvaluationConfig, EvaluationMode
+from retrain.data import TaskSource, load_tasks
+from retrain.engines import SamplingParams
+from retrain.loops.build import build_calculator, build_environment, build_renderer
+from retrain.loops.context import RunContext, check_prompts_fit
+from retrain.rewards import RewardCalculator
+from retrain.rollout import Sampler
+from retrain.tracking.report import EvaluationResult, transcript
+from retrain.types import Rollout, UserError
+
+EVALUATION_EPOCH = -1
+"""The epoch in the seeds of evaluation rollouts: each task draws the same numbers in every
+evaluation of a run, so that before and after are paired."""
+
+
+def is_success(rollout: Rollout, reward: str | None, threshold: float) -> bool:
+    """Whether a reward's raw value, or the total when no reward is named, reaches a threshold."""
+    if reward is None:
+        return rollout.reward >= threshold
+    return any(part.name == reward and part.raw >= threshold for part in rollout.reward_parts)
+
+
+@dataclass(frozen=True)
+class EvalStage:
+    name: str
+    config: TrainingConfig
+    settings: EvaluationConfig
+    tasks: TaskSource
+    calculator: RewardCalculator
+    samplers: Sequence[tuple[EvaluationMode, Sampler]]
+
+    @classmethod
+    def prepare(cls, name: str, config: TrainingConfig, context: RunContext) -> EvalStage:
+        """Read and check everything that the stage needs.
+
+        Raises:
+            UserError: bad data, unknown names, or a success that no reward decides.
+        """
+        settings = config.evaluation
+        assert settings is not None
+        calculator = build_calculator(config.reward_setup)
+        names = [spec.name for spec in calculator.specs]
+        if settings.success_reward is not None and settings.success_reward not in names:
+            raise UserError(
+                f"evaluation.success_reward: there is no reward {settings.success_reward!r}",
+                f"Rewards: {', '.join(names) or 'none'}.",
+            )
+        tasks = load_tasks(settings.prompt_source, seed=config.seed)
+        renderer = build_renderer(config, context.policy)
+        limit = settings.max_new_tokens or config.algorithm.hyperparameters.max_new_tokens
+        samplers = [
+            (
+                mode,
+                Sampler(
+                    environment=build_environment(
+                        config, renderer, context.sandbox, tools_enabled=mode.tools
+                    ),
+                    engine=context.engine,
+                    renderer=renderer,
+                    params=SamplingParams(limit, mode.temperature, mode.top_p, mode.top_k),
+                    run_seed=config.seed,
+                ),
+            )
+            for mode in settings.modes
+        ]
+        check_prompts_fit(tasks, samplers[0][1], "evaluation.prompt_source")
+        return cls(name, config, settings, tasks, calculator, samplers)
+
+    async def execute(self, context: RunContext) -> None:
+        context.progress.stage(self.name, total=len(self.samplers), kind="eval")
+        await self.evaluate(context, self.name, step=0, report=True)
+
+    async def evaluate(
+        self, context: RunContext, stage: str, *, step: int, report: bool
+    ) -> list[EvaluationResult]:
+        """Run every mode; `report` also adds to the run's table and writes transcripts."""
+        metrics: dict[str, float] = {}
+        results: list[EvaluationResult] = []
+        tasks = [(EVALUATION_EPOCH, task) for task in self.tasks.epoch(0)]
+        for done, (mode, sampler) in enumerate(self.samplers, 1):
+            started = time.perf_counter()
+            groups = await sampler.groups(tasks, mode.repeats, self.calculator.score)
+            rollouts = [rollout for group in groups for rollout in group]
+            result = self._result(stage, mode, rollouts)
+            results.append(result)
+            metrics |= _metrics(result, self.settings.group_by)
+            metrics[f"eval/{mode.name}/seconds"] = time.perf_counter() - started
+            if self.config.tracking.rollouts:
+                context.run.write_rollouts(f"{stage}-{_file_name(mode.name)}", step, rollouts)
+            if report:
+                context.progress.update(done, metrics)
+                self._write_transcripts(context, stage, mode, rollouts)
+        context.run.log_metrics(stage, step, metrics)
+        if report:
+            context.results.extend(results)
+        return results
+
+    def _result(
+        self, stage: str, mode: EvaluationMode, rollouts: Sequence[Rollout]
+    ) -> EvaluationResult:
+        settings = self.settings
+        by_group: dict[str, tuple[int, int]] = {}
+        n = successes = 0
+        total = 0.0
+        for rollout in rollouts:
+            if rollout.error is not None:
+                continue
+            won = is_success(rollout, settings.success_reward, settings.success_threshold)
+            value = _group_value(rollout, settings.group_by)
+            if value is not None:
+                seen, good = by_group.get(value, (0, 0))
+                by_group[value] = (seen + 1, good + won)
+            if value is None or value not in settings.exclude:
+                n += 1
+                successes += won
+                total += rollout.reward
+        return EvaluationResult(
+            stage=stage,
+            mode=mode.name,
+            n=n,
+            successes=successes,
+            reward_mean=total / n if n else float("nan"),
+            by_group=by_group,
+            excluded=tuple(settings.exclude),
+        )
+
+    def _write_transcripts(
+        self, context: RunContext, stage: str, mode: EvaluationMode, rollouts: Sequence[Rollout]
+    ) -> None:
+        for index, rollout in enumerate(rollouts[: self.config.tracking.transcripts]):
+            name = f"transcripts/{stage}-{_file_name(mode.name)}-{index + 1}.txt"
+            context.run.write_text(name, transcript(rollout))
+
+
+def _group_value(rollout: Rollout, column: str | None) -> str | None:
+    if column is None or rollout.task is None:
+        return None
+    value = rollout.task.metadata.get(column)
+    if value is None:
+        raise UserError(
+            f"evaluation.group_by: task {rollout.task.id} has no column {column!r}",
+            f"Columns: {', '.join(sorted(rollout.task.metadata)) or 'none'}.",
+        )
+    return str(value)
+
+
+def _metrics(result: EvaluationResult, column: str | None) -> dict[str, float]:
+    low, high = result.interval
+    prefix = f"eval/{result.mode}"
+    metrics = {
+        f"{prefix}/success": result.success,
+        f"{prefix}/success_low": low,
+        f"{prefix}/success_high": high,
+        f"{prefix}/reward": result.reward_mean,
+        f"{prefix}/n": float(result.n),
+    }
+    for value, (n, successes) in sorted(result.by_group.items()):
+        metrics[f"{prefix}/{column}={value}/success"] = successes / n
+    return metrics
+
+
+def _file_name(mode: str) -> str:
+    return "".join(c if c.isalnum() or c in "._" else "_" for c in mode)

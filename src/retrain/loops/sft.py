@@ -1,0 +1,151 @@
+"""Supervised fine-tuning on traces: loss on the policy's own tokens only."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from retrain.config.load import load_config
+from retrain.config.root import TrainingConfig
+from retrain.config.stages import SFTConfig
+from retrain.data import Trace, load_traces
+from retrain.learner import TorchLearner, sft_loss
+from retrain.loops.build import build_learner, build_renderer, build_tools
+from retrain.loops.context import RunContext
+from retrain.rendering import Renderer, ToolSchema
+from retrain.rollout import to_samples
+from retrain.tools import tool_schema
+from retrain.types import Rollout, Sample, UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SFTStage:
+    name: str
+    config: TrainingConfig
+    settings: SFTConfig
+    traces: Sequence[Trace]
+    renderer: Renderer
+    learner: TorchLearner
+    steps: int
+    tools: Sequence[ToolSchema]
+
+    @classmethod
+    def prepare(cls, name: str, config: TrainingConfig, context: RunContext) -> SFTStage:
+        """Read and check everything that the stage needs.
+
+        Raises:
+            UserError: bad data, or no trace that fits the context.
+        """
+        settings = config.sft
+        assert settings is not None
+        renderer = build_renderer(config, context.policy)
+        tools = [tool_schema(tool) for tool in build_tools(config, context.sandbox)]
+        traces = load_traces(settings.dataset, params=settings.params)
+        _check_fit(traces, renderer, tools, context.engine.context_limit)
+        steps = settings.steps or max(
+            1, settings.epochs * len(traces) // settings.batch_size
+        )
+        learner = build_learner(settings, context.policy, total_updates=steps)
+        return cls(name, config, settings, traces, renderer, learner, steps, tools)
+
+    async def execute(self, context: RunContext) -> None:
+        context.progress.stage(self.name, total=self.steps, kind="sft")
+        batches = self._batches(context.engine.context_limit, self.config.seed)
+        every = self.config.checkpoint.every_steps
+        for step in range(1, self.steps + 1):
+            started = time.perf_counter()
+            samples = next(batches)
+            totals = self.learner.forward_backward(samples, sft_loss)
+            metrics = self.learner.optim_step()
+            await context.weights_changed()
+            seconds = time.perf_counter() - started
+            metrics["loss"] = totals["loss"]
+            metrics["tokens"] = totals["tokens"]
+            metrics["tokens_per_s"] = sum(map(len, samples)) / seconds
+            context.log(self.name, step, metrics)
+            if every is not None and step % every == 0:
+                context.save_checkpoint(self.name, self.config, step)
+        context.save_checkpoint(self.name, self.config)
+
+    def _batches(self, limit: int, seed: int) -> Iterator[list[Sample]]:
+        batch: list[Sample] = []
+        taken = 0
+        for trace in self._trace_order(seed):
+            samples = [s for s in trace_samples(trace, self.renderer, self.tools) if len(s) <= limit]
+            if not samples:
+                continue
+            batch += samples
+            taken += 1
+            if taken == self.settings.batch_size:
+                yield batch
+                batch, taken = [], 0
+
+    def _trace_order(self, seed: int) -> Iterator[Trace]:
+        epoch = 0
+        while True:
+            order = list(range(len(self.traces)))
+            if self.settings.shuffle:
+                random.Random(f"{seed}:sft:{epoch}").shuffle(order)
+            yield from (self.traces[i] for i in order)
+            epoch += 1
+
+
+def trace_samples(
+    trace: Trace, renderer: Renderer, tools: Sequence[ToolSchema] = ()
+) -> list[Sample]:
+    """A trace through the renderer and the ledger, as any rollout goes; its targets train."""
+    rollout = Rollout(id=trace.id)
+    rollout.add_messages(*trace.messages)
+    renderer.enter(rollout, trace.tools or tools)
+    return to_samples(rollout, "cross_entropy")
+
+
+def _check_fit(
+    traces: Sequence[Trace], renderer: Renderer, tools: Sequence[ToolSchema], limit: int
+) -> None:
+    """Warn of traces that are too long, which are left out; refuse when the shortest is."""
+    by_size = sorted(traces, key=lambda t: sum(len(m.content) for m in t.messages))
+    shortest = max(map(len, trace_samples(by_size[0], renderer, tools)), default=0)
+    if shortest > limit:
+        raise UserError(
+            f"no trace fits the context: the shortest has {shortest} tokens, the limit is {limit}",
+            "Shorten the traces, or raise engine.context_limit if the model allows it.",
+        )
+    longest = max(map(len, trace_samples(by_size[-1], renderer, tools)), default=0)
+    if longest > limit:
+        logger.warning("sequences over the context limit of %d tokens are left out", limit)
+
+
+class SFTTrainer:
+    """Fine-tune on a dataset of traces, as `retrain sft` does.
+
+    `SFTTrainer(config).train("traces.jsonl")` returns the run's result; `config` is a dict or a
+    `TrainingConfig` whose `sft` section may leave out `dataset`.
+    """
+
+    def __init__(self, config: Mapping[str, Any] | TrainingConfig) -> None:
+        self._config = config
+
+    def train(self, dataset: str | Path | None = None) -> Any:
+        """Train on `dataset`, or on the config's own.
+
+        Raises:
+            UserError: a config or data that does not check.
+        """
+        from retrain.loops.run import run_sync
+
+        data = (
+            self._config.model_dump(mode="json")
+            if isinstance(self._config, TrainingConfig)
+            else dict(self._config)
+        )
+        if dataset is not None:
+            data["sft"] = {**(data.get("sft") or {}), "dataset": str(dataset)}
+        return run_sync(load_config(data), only="sft")

@@ -1,0 +1,184 @@
+"""The one forward pass that the engine and the learner share.
+
+A causal language model is used as two parts: the decoder, which gives hidden states, and the
+head, which gives logits where somebody asks for them. `splits_exactly` proves once per model
+that the two parts together equal the model's own forward pass; where they do not (an
+architecture with an unusual head), everything here calls the whole model instead.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+AttentionMask = Tensor | Mapping[str, Tensor]
+"""2-D padding mask, 4-D additive mask, or one 4-D mask per attention type of the model."""
+
+LOGITS_PER_CHUNK = 1 << 23
+"""Most logits alive at once in `selected_logprobs` (32 MiB of fp32)."""
+
+_splits: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
+
+
+def unwrap(model: nn.Module) -> Any:
+    """The transformers model inside a PEFT wrapper; its LoRA layers stay active."""
+    inner = getattr(model, "get_base_model", None)
+    return model if inner is None else inner()
+
+
+def architecture_setting(model: nn.Module, name: str) -> Any:
+    """A setting of the text model's architecture, None where the architecture has none."""
+    return getattr(unwrap(model).config.get_text_config(), name, None)
+
+
+def decoder_hidden(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: AttentionMask | None = None,
+    position_ids: Tensor | None = None,
+    cache: Any = None,
+) -> Tensor:
+    """Final hidden states [B, T, D] of tokens `input_ids` [B, T].
+
+    Without a mask, attention is causal over the columns: right padding then needs none, and
+    the fastest kernel is used.
+    """
+    optional = {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": cache,
+    }
+    given = {name: value for name, value in optional.items() if value is not None}
+    outputs = unwrap(model).base_model(input_ids=input_ids, use_cache=cache is not None, **given)
+    hidden: Tensor = outputs[0]
+    return hidden
+
+
+def head_logits(model: nn.Module, hidden: Tensor) -> Tensor:
+    """Logits [..., V] of hidden states [..., D], as the model's own forward gives them."""
+    logits: Tensor = unwrap(model).get_output_embeddings()(hidden)
+    scale = architecture_setting(model, "logit_scale")
+    if scale is not None:
+        logits = logits * scale
+    divisor = architecture_setting(model, "logits_scaling")
+    if divisor is not None:
+        logits = logits / divisor
+    cap = architecture_setting(model, "final_logit_softcapping")
+    if cap is not None:
+        logits = torch.tanh(logits / cap) * cap
+    return logits
+
+
+def full_logits(model: nn.Module, input_ids: Tensor) -> Tensor:
+    """Logits [B, T, V] of right-padded tokens [B, T], by the model's own forward pass."""
+    logits: Tensor = model(input_ids=input_ids, use_cache=False).logits
+    return logits
+
+
+def last_logits(model: nn.Module, input_ids: Tensor, last: Tensor) -> Tensor:
+    """Logits [B, V] after column `last` [B] of right-padded tokens [B, T]; no cache."""
+    rows = torch.arange(len(input_ids), device=input_ids.device)
+    if splits_exactly(model):
+        return head_logits(model, decoder_hidden(model, input_ids)[rows, last])
+    return full_logits(model, input_ids)[rows, last]
+
+
+def splits_exactly(model: nn.Module) -> bool:
+    """Whether decoder and head together give the model's own logits; found out once."""
+    if model not in _splits:
+        _splits[model] = _try_split(model)
+    return _splits[model]
+
+
+def _try_split(model: nn.Module) -> bool:
+    device = next(model.parameters()).device
+    vocab = unwrap(model).get_input_embeddings().weight.shape[0]
+    probe = torch.arange(1, 8, device=device).remainder(vocab).unsqueeze(0)
+    with evaluating(model), torch.no_grad():
+        expected = full_logits(model, probe).float()
+        try:
+            found = head_logits(model, decoder_hidden(model, probe)).float()
+        except (RuntimeError, TypeError, ValueError, AttributeError):
+            return False
+    if found.shape != expected.shape:
+        return False
+    tolerance = 1e-4 if next(model.parameters()).dtype == torch.float32 else 5e-2
+    scale = expected.abs().max().clamp(min=1.0)
+    return bool((found - expected).abs().max() <= tolerance * scale)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with every module's own flag restored afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def selected_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,
+    lengths: Tensor,
+    mask: Tensor,
+    temperature: float = 1.0,
+    *,
+    logits_per_chunk: int = LOGITS_PER_CHUNK,
+) -> Tensor:
+    """log p(token t | tokens before t) [B, T] fp32 at masked positions, 0 elsewhere.
+
+    `input_ids` [B, T] are right-padded to `lengths` [B]; `mask` [B, T] is bool. Logits are
+    divided by `temperature` (0 counts as 1). Column t speaks of token t: the shift by one
+    between a hidden state and the token it predicts happens here and nowhere else. Logits are
+    computed at masked positions only, a chunk at a time, and again in the backward pass, so
+    no [B, T, V] tensor exists. Differentiable in the model's parameters.
+
+    Raises:
+        ValueError: a mask that selects a first token (it has no predictor) or padding.
+    """
+    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
+    outside = (columns == 0) | (columns >= lengths.to(columns.device).unsqueeze(1))
+    if bool((mask & outside).any()):
+        raise ValueError("the mask selects a first token or padding")
+    width = int(lengths.max())
+    trimmed = input_ids[:, :width]
+    rows, chosen = mask.nonzero(as_tuple=True)
+    targets = input_ids[rows, chosen]
+    if splits_exactly(model):
+        hidden = decoder_hidden(model, trimmed)[rows, chosen - 1]
+        picked = _chunked_logprobs(model, hidden, targets, temperature, logits_per_chunk)
+    else:
+        picked = _token_logprobs(full_logits(model, trimmed)[rows, chosen - 1], targets, temperature)
+    return torch.zeros(mask.shape, device=picked.device).index_put((rows, chosen), picked)
+
+
+def _chunked_logprobs(
+    model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, logits_per_chunk: int
+) -> Tensor:
+    vocab = unwrap(model).get_output_embeddings().weight.shape[0]
+    size = max(1, logits_per_chunk // vocab)
+
+    def of(part: Tensor, tokens: Tensor) -> Tensor:
+        return _token_logprobs(head_logits(model, part), tokens, temperature)
+
+    if len(targets) <= size:
+        return of(hidden, targets)
+    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    return torch.cat(
+        [checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
+    )
+
+
+def _token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    scaled = logits.float() if temperature in (0.0, 1.0) else logits.float() / temperature
+    chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+    return chosen - scaled.logsumexp(-1)

@@ -1,0 +1,159 @@
+"""The demo's arithmetic: forms of expressions, their tasks, and a teacher that is often wrong.
+
+Operands decide the part: a triple (a, b, c) is held out for all forms and phrasings together, so
+that no held-out prompt, nor another phrasing of it, is ever trained on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Part = Literal["train", "test"]
+
+_MIXER = 2654435761
+"""Knuth's multiplicative hash: spreads the held-out fifth over all operands."""
+
+THINGS = ("pens", "nails", "eggs", "cards", "coins", "books", "seeds", "bolts")
+
+
+@dataclass(frozen=True)
+class Form:
+    """A kind of task. `expression` and `words` are format strings over a, b, c."""
+
+    name: str
+    expression: str
+    words: str
+    wrong: str
+    """The expression of a mistaken trace."""
+    share_right: float
+    """Of the traces that use the tool, how many use it rightly."""
+    share_direct: float
+    """Of all traces, how many give the answer without the tool."""
+
+
+FORMS = {
+    form.name: form
+    for form in (
+        Form(
+            "a*b+c",
+            "{a}*{b}+{c}",
+            "{b} boxes of {a} {thing} and {c} loose {thing}. How many {thing}?",
+            "{a}*{b}-{c}",
+            share_right=0.75,
+            share_direct=0.5,
+        ),
+        Form(
+            "(a-b)*c",
+            "({a}-{b})*{c}",
+            "Of {a} {thing} {b} are lost. The rest sell for {c} each. How much?",
+            "{a}-{b}*{c}",
+            share_right=0.75,
+            share_direct=0.5,
+        ),
+        Form(
+            "a*b-c",
+            "{a}*{b}-{c}",
+            "{b} boxes of {a} {thing}, but {c} {thing} break. How many {thing}?",
+            "{a}*{b}+{c}",
+            share_right=0.1,
+            share_direct=0.0,
+        ),
+        Form("a**3", "{a}**3", "", "", share_right=0.0, share_direct=0.0),
+    )
+}
+"""`a*b-c` is the form whose teacher is wrong nine times in ten, `a**3` the one without a teacher."""
+
+TAUGHT = ("a*b+c", "(a-b)*c", "a*b-c")
+
+
+def tasks(
+    part: Part,
+    n: int,
+    *,
+    seed: int = 0,
+    forms: dict[str, float] | None = None,
+) -> Iterator[dict[str, Any]]:
+    """`n` distinct tasks of one part: rows with prompt, answer and form.
+
+    `forms` are the forms' shares; by default each taught form has the same.
+    """
+    shares = forms or dict.fromkeys(TAUGHT, 1.0)
+    generator = random.Random(f"{seed}:{part}:tasks")
+    seen: set[str] = set()
+    while len(seen) < n:
+        form = FORMS[generator.choices(list(shares), list(shares.values()))[0]]
+        row = _task(form, part, generator)
+        if row["prompt"] not in seen:
+            seen.add(row["prompt"])
+            yield row
+
+
+def traces(n: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
+    """`n` conversations of the teacher on training tasks, as rows of messages."""
+    generator = random.Random(f"{seed}:traces")
+    for _ in range(n):
+        form = FORMS[generator.choice(TAUGHT)]
+        yield {"messages": _trace(_task(form, "train", generator), form, generator)}
+
+
+def corpus(n: int = 2000) -> Iterator[str]:
+    """Texts for the tokenizer to learn its merges from, one a phrasing."""
+    generator = random.Random("corpus")
+    for _ in range(n):
+        for form in FORMS.values():
+            prompt = _task(form, "train", generator)["prompt"]
+            yield f"User:\n{prompt}\n\nAssistant:\n"
+    yield from ("+", "-", "*", "(", ")") * n
+
+
+def _task(form: Form, part: Part, generator: random.Random) -> dict[str, Any]:
+    a, b, c = _operands(part, generator)
+    if form.name == "a**3":
+        prompt = f"What is the cube of {a}{b}?"
+        return {"prompt": prompt, "answer": str(int(f"{a}{b}") ** 3), "form": form.name}
+    values = {"a": a, "b": b, "c": c, "thing": generator.choice(THINGS)}
+    expression = form.expression.format(**values)
+    worded = generator.random() < 0.5
+    prompt = form.words.format(**values) if worded else f"What is {expression}?"
+    return {
+        "prompt": prompt,
+        "answer": str(_evaluate(expression)),
+        "form": form.name,
+        "a": a,
+        "b": b,
+        "c": c,
+    }
+
+
+def _operands(part: Part, generator: random.Random) -> tuple[int, int, int]:
+    while True:
+        a, b, c = generator.randint(100, 999), generator.randint(10, 99), generator.randint(10, 99)
+        held_out = ((a * 100 + b) * 100 + c) * _MIXER % 2**32 % 5 == 0
+        if held_out == (part == "test"):
+            return a, b, c
+
+
+def _trace(
+    task: dict[str, Any], form: Form, generator: random.Random
+) -> list[dict[str, Any]]:
+    question = {"role": "user", "content": task["prompt"]}
+    if generator.random() < form.share_direct:
+        return [question, {"role": "assistant", "content": task["answer"]}]
+    right = generator.random() < form.share_right
+    expression = (form.expression if right else form.wrong).format(**task)
+    result = str(_evaluate(expression))
+    return [
+        question,
+        {"role": "assistant", "content": f"<code>{expression}</code>"},
+        {"role": "tool", "name": "python", "tool_call_id": "0", "content": result},
+        {"role": "assistant", "content": result},
+    ]
+
+
+def _evaluate(expression: str) -> int:
+    value = eval(expression, {"__builtins__": {}})
+    assert isinstance(value, int)
+    return value

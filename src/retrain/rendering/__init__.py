@@ -1,0 +1,21 @@
+"""Messages to tokens, tokens to messages."""
+
+from retrain.rendering.formats import FencedFormat, NativeFormat, TagFormat, ToolFormat
+from retrain.rendering.renderer import Renderer, make_template, prompt_token_ids
+from retrain.rendering.templates import ChatTemplate, PlainTemplate, Template, ToolSchema
+from retrain.rendering.tokens import Codec
+
+__all__ = [
+    "ChatTemplate",
+    "Codec",
+    "FencedFormat",
+    "NativeFormat",
+    "PlainTemplate",
+    "Renderer",
+    "Template",
+    "TagFormat",
+    "ToolFormat",
+    "ToolSchema",
+    "make_template",
+    "prompt_token_ids",
+]

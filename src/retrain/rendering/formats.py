@@ -1,0 +1,280 @@
+"""How a policy writes tool calls, and how it reads their results.
+
+A format parses text that is already known to be the policy's own; it is never used to find out
+which tokens train.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from retrain.rendering.templates import Template, ToolSchema
+from retrain.types import Message, MessageType, TagConfig, ToolCall, UserError
+
+
+class ToolFormat(Protocol):
+    inline: bool
+    """True: results are written into the assistant's own turn, which then goes on. False: they
+    are messages of their own, and the chat template writes them."""
+    stop: tuple[str, ...]
+    """Strings that end a generation."""
+    markers: tuple[str, ...]
+    """What a tool's output must not be able to forge."""
+
+    def parse(self, text: str, tools: Sequence[ToolSchema]) -> tuple[ToolCall, ...]:
+        """The calls in one MODEL message; a broken one carries `error`."""
+        ...
+
+    def render_call(self, call: ToolCall, tools: Sequence[ToolSchema]) -> str:
+        """The text of a call, for traces that hold it in structured form."""
+        ...
+
+    def render_result(self, text: str) -> str:
+        """The text that puts a result into the assistant's turn; only used when inline."""
+        ...
+
+    def describe(self, tools: Sequence[ToolSchema]) -> str:
+        """What a system message may say about the tools and how to call them."""
+        ...
+
+
+class TagFormat:
+    """Calls between two tags (Techne, ReTool, Router-R1).
+
+    The first closing tag ends a call, also inside a string: that is where generation stops.
+    """
+
+    inline = True
+
+    def __init__(self, tags: TagConfig | None = None) -> None:
+        self.tags = tags or TagConfig()
+        self.stop = (self.tags.tool_end,)
+        self.markers = (
+            self.tags.tool_start.strip(),
+            self.tags.tool_end.strip(),
+            self.tags.response_start.strip(),
+            self.tags.response_end.strip(),
+        )
+
+    def parse(self, text: str, tools: Sequence[ToolSchema]) -> tuple[ToolCall, ...]:
+        calls: list[ToolCall] = []
+        position = 0
+        start, end = self.tags.tool_start, self.tags.tool_end
+        while (opened := text.find(start, position)) >= 0:
+            body_start = opened + len(start)
+            closed = text.find(end, body_start)
+            if closed < 0:
+                error = f"a call starts with {start.strip()} but never ends with {end.strip()}"
+                calls.append(ToolCall(_only_name(tools), {}, str(len(calls)), error))
+                break
+            calls.append(_call_from_body(text[body_start:closed], tools, str(len(calls))))
+            position = closed + len(end)
+        return tuple(calls)
+
+    def render_call(self, call: ToolCall, tools: Sequence[ToolSchema]) -> str:
+        return f"{self.tags.tool_start}{_body_of(call, tools)}{self.tags.tool_end}"
+
+    def render_result(self, text: str) -> str:
+        return f"{self.tags.response_start}{text}{self.tags.response_end}"
+
+    def describe(self, tools: Sequence[ToolSchema]) -> str:
+        return (
+            f"{_describe_tools(tools)}\nTo use one, write {self.tags.tool_start}"
+            f"{_placeholder(tools)}{self.tags.tool_end}. The result follows between "
+            f"{self.tags.response_start.strip()} and {self.tags.response_end.strip()}."
+        )
+
+
+class FencedFormat:
+    """Calls as fenced code blocks of one language, results as blocks of another."""
+
+    inline = True
+
+    def __init__(self, language: str = "python", output: str = "output") -> None:
+        self.language = language
+        self.output = output
+        self._block = re.compile(rf"```{re.escape(language)}[ \t]*\n(.*?)\n?```", re.DOTALL)
+        self._open = re.compile(rf"```{re.escape(language)}[ \t]*\n")
+        self.stop = ("\n```\n",)
+        self.markers = ("```",)
+
+    def parse(self, text: str, tools: Sequence[ToolSchema]) -> tuple[ToolCall, ...]:
+        calls: list[ToolCall] = []
+        position = 0
+        while opened := self._open.search(text, position):
+            block = self._block.match(text, opened.start())
+            if block is None:
+                error = f"a ```{self.language} block is never closed with ```"
+                calls.append(ToolCall(_only_name(tools), {}, str(len(calls)), error))
+                break
+            calls.append(_call_from_body(block.group(1), tools, str(len(calls))))
+            position = block.end()
+        return tuple(calls)
+
+    def render_call(self, call: ToolCall, tools: Sequence[ToolSchema]) -> str:
+        return f"```{self.language}\n{_body_of(call, tools)}\n```\n"
+
+    def render_result(self, text: str) -> str:
+        return f"```{self.output}\n{text}\n```\n"
+
+    def describe(self, tools: Sequence[ToolSchema]) -> str:
+        return (
+            f"{_describe_tools(tools)}\nTo use one, write\n```{self.language}\n"
+            f"{_placeholder(tools)}\n```\nThe result follows in a ```{self.output} block."
+        )
+
+
+class NativeFormat:
+    """The calls that the chat template itself writes, where they are JSON between two markers.
+
+    The markers are read off the template by rendering a call with known names (Qwen, Hermes:
+    `<tool_call>{...}</tool_call>`; Llama 3: bare JSON).
+
+    Raises:
+        UserError: the template has no tools, or writes calls in another way.
+    """
+
+    inline = False
+    stop: tuple[str, ...] = ()
+
+    def __init__(self, template: Template) -> None:
+        if not template.supports_tools:
+            raise UserError(
+                "native tool calls need a chat template that takes tools; this tokenizer's does not",
+                "Use environment.tool_format.type: tags or fenced.",
+            )
+        self._start, self._end, self._arguments_key = _probe_call(template)
+        self.markers = tuple(m for m in (self._start.strip(), self._end.strip()) if m)
+
+    def parse(self, text: str, tools: Sequence[ToolSchema]) -> tuple[ToolCall, ...]:
+        start, end = self._start.strip(), self._end.strip()
+        if not start:
+            stripped = text.strip()
+            return (self._parse_call(stripped, "0"),) if stripped.startswith("{") else ()
+        calls: list[ToolCall] = []
+        position = 0
+        while (opened := text.find(start, position)) >= 0:
+            body_start = opened + len(start)
+            closed = text.find(end, body_start) if end else len(text)
+            if closed < 0:
+                error = f"a call starts with {start} but never ends with {end}"
+                calls.append(ToolCall("", {}, str(len(calls)), error))
+                break
+            calls.append(self._parse_call(text[body_start:closed].strip(), str(len(calls))))
+            position = closed + max(len(end), 1)
+        return tuple(calls)
+
+    def _parse_call(self, body: str, call_id: str) -> ToolCall:
+        try:
+            data = json.loads(body)
+        except (json.JSONDecodeError, RecursionError) as error:
+            return ToolCall("", {}, call_id, f"the call is not valid JSON: {error}")
+        return _call_from_json(data, call_id, self._arguments_key)
+
+    def render_call(self, call: ToolCall, tools: Sequence[ToolSchema]) -> str:
+        body = json.dumps(
+            {"name": call.name, self._arguments_key: dict(call.arguments)}, ensure_ascii=False
+        )
+        return f"{self._start}{body}{self._end}"
+
+    def render_result(self, text: str) -> str:
+        return text
+
+    def describe(self, tools: Sequence[ToolSchema]) -> str:
+        return ""
+
+
+def _probe_call(template: Template) -> tuple[str, str, str]:
+    call = ToolCall("zqname", {"zqkey": "zqvalue"}, "zqid000id")
+    schema = {
+        "type": "function",
+        "function": {
+            "name": "zqname",
+            "description": "",
+            "parameters": {"type": "object", "properties": {"zqkey": {"type": "string"}}},
+        },
+    }
+    question = Message("x", MessageType.MESSAGE)
+    before = template.text([question], [schema], generation=True)
+    try:
+        text = template.text(
+            [question, Message("", MessageType.MODEL, tool_calls=(call,))],
+            [schema],
+            generation=False,
+        )
+    except UserError:
+        text = ""
+    written = text.removeprefix(before) if text.startswith(before) else ""
+    for key in ("arguments", "parameters"):
+        pattern = rf'\{{\s*"name":\s*"zqname",\s*"{key}":\s*\{{\s*"zqkey":\s*"zqvalue"\s*\}}\s*\}}'
+        if match := re.search(pattern, written):
+            start = re.sub(r"<think>.*?</think>", "", written[: match.start()], flags=re.DOTALL)
+            end = re.match(r"\s*(?:</[^<>|]+>|\[/[A-Z_]+\])?", written[match.end() :])
+            return start.lstrip(), end.group() if end else "", key
+    raise UserError(
+        "this tokenizer's chat template does not write tool calls as JSON "
+        '{"name": ..., "arguments": ...}, so they cannot be read back',
+        "Use environment.tool_format.type: tags or fenced.",
+    )
+
+
+def _name(schema: ToolSchema) -> str:
+    return str(schema["function"]["name"])
+
+
+def _only_name(tools: Sequence[ToolSchema]) -> str:
+    return _name(tools[0]) if len(tools) == 1 else ""
+
+
+def _first_parameter(schema: ToolSchema) -> str | None:
+    properties = schema["function"].get("parameters", {}).get("properties", {})
+    return next(iter(properties), None)
+
+
+def _call_from_body(body: str, tools: Sequence[ToolSchema], call_id: str) -> ToolCall:
+    body = textwrap.dedent(body).strip()
+    if len(tools) == 1:
+        parameter = _first_parameter(tools[0])
+        return ToolCall(_name(tools[0]), {parameter: body} if parameter else {}, call_id)
+    try:
+        data = json.loads(body)
+    except (json.JSONDecodeError, RecursionError) as error:
+        names = ", ".join(_name(t) for t in tools)
+        reason = f'a call must be JSON like {{"name": ..., "arguments": {{...}}}}: {error}'
+        return ToolCall("", {}, call_id, f"{reason}; tools: {names}" if names else reason)
+    return _call_from_json(data, call_id, "arguments")
+
+
+def _call_from_json(data: Any, call_id: str, arguments_key: str) -> ToolCall:
+    if not isinstance(data, dict) or not isinstance(data.get("name"), str):
+        return ToolCall("", {}, call_id, 'a call must be a JSON object with a "name"')
+    arguments = data.get(arguments_key, data.get("arguments", {}))
+    if not isinstance(arguments, dict):
+        return ToolCall(data["name"], {}, call_id, f'"{arguments_key}" must be a JSON object')
+    return ToolCall(data["name"], arguments, call_id)
+
+
+def _body_of(call: ToolCall, tools: Sequence[ToolSchema]) -> str:
+    if len(tools) == 1 and len(call.arguments) == 1:
+        return str(next(iter(call.arguments.values())))
+    return json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+
+
+def _placeholder(tools: Sequence[ToolSchema]) -> str:
+    if len(tools) == 1:
+        return _first_parameter(tools[0]) or ""
+    return '{"name": ..., "arguments": {...}}'
+
+
+def _describe_tools(tools: Sequence[ToolSchema]) -> str:
+    lines = ["You can use these tools:"]
+    for schema in tools:
+        function = schema["function"]
+        properties = function.get("parameters", {}).get("properties", {})
+        signature = ", ".join(f"{k}: {v.get('type', 'any')}" for k, v in properties.items())
+        lines.append(f"- {function['name']}({signature}): {function.get('description', '')}")
+    return "\n".join(lines)

@@ -1,0 +1,147 @@
+"""Verifiers, rewards and the calculator that adds them up.
+
+Built-in names are the keys of `REWARDS` and `VERIFIERS`; everything else is an import path,
+`pkg.module:name` or `path/to/file.py:name`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from retrain.importing import import_object, suggest
+from retrain.rewards.base import (
+    RewardInfo,
+    RewardKind,
+    is_reward,
+    is_verifier,
+    per_step,
+    reward,
+    reward_info,
+    verifier,
+)
+from retrain.rewards.calculator import OnError, RewardCalculator
+from retrain.rewards.checks import finished, is_not_empty, used_tool
+from retrain.rewards.code import code_passes_tests
+from retrain.rewards.equivalence import math_equivalence
+from retrain.rewards.failures import RewardFailure
+from retrain.rewards.numeric import boxed_answer, numeric_match
+from retrain.rewards.spec import DistributionStrategy, RewardSpec
+from retrain.rewards.structure import format, json_schema, tool_calls
+from retrain.rewards.text import (
+    contains,
+    exact_match,
+    f1,
+    length,
+    penalize_text_containing,
+    regex,
+    squad_em,
+)
+from retrain.types import UserError
+
+__all__ = [
+    "REWARDS",
+    "VERIFIERS",
+    "DistributionStrategy",
+    "OnError",
+    "RewardCalculator",
+    "RewardFailure",
+    "RewardInfo",
+    "RewardKind",
+    "RewardSpec",
+    "resolve_reward",
+    "resolve_verifier",
+    "reward",
+    "reward_info",
+    "verifier",
+]
+
+REWARDS: dict[str, Callable[..., Any]] = {
+    "boxed_answer": boxed_answer,
+    "code_passes_tests": code_passes_tests,
+    "contains": contains,
+    "exact_match": exact_match,
+    "f1": f1,
+    "format": format,
+    "json_schema": json_schema,
+    "length": length,
+    "math_equivalence": math_equivalence,
+    "numeric_match": numeric_match,
+    "penalize_text_containing": penalize_text_containing,
+    "regex": regex,
+    "squad_em": squad_em,
+    "tool_calls": tool_calls,
+}
+
+VERIFIERS: dict[str, Callable[..., Any]] = {
+    "finished": finished,
+    "is_not_empty": is_not_empty,
+    "used_tool": used_tool,
+}
+
+_WHOLE_ROLLOUT_ONLY = frozenset({"tool_calls"})
+_NOT_BUILT_IN = {
+    "llm_judge": "write an async reward that asks your judge and name it by its import path",
+}
+
+
+def resolve_reward(name: str, kind: RewardKind) -> Callable[..., Any]:
+    """The function behind a built-in name or an import path.
+
+    As a step reward, a built-in that judges text judges the message of each turn.
+
+    Raises:
+        UserError: no such reward, one of another kind, or an object that cannot be called.
+    """
+    if name in _NOT_BUILT_IN:
+        raise UserError(f"there is no built-in reward '{name}'", _NOT_BUILT_IN[name])
+    if name not in REWARDS:
+        function = _imported(name, "reward", REWARDS)
+        if is_verifier(function) and not is_reward(function):
+            raise UserError(
+                f"'{name}' is a verifier, not a reward",
+                "attach it under verifiers, or return a number and mark it with @reward",
+            )
+        return function
+    if kind == "group" or (kind == "step" and name in _WHOLE_ROLLOUT_ONLY):
+        raise UserError(
+            f"the built-in reward '{name}' is a rollout reward, not a {kind} reward",
+            "move it to the rollout rewards",
+        )
+    return per_step(REWARDS[name]) if kind == "step" else REWARDS[name]
+
+
+def resolve_verifier(name: str) -> Callable[..., Any]:
+    """The verifier behind a built-in name or an import path.
+
+    Raises:
+        UserError: no such verifier, a reward in its place, or an object that cannot be called.
+    """
+    if name in VERIFIERS:
+        return VERIFIERS[name]
+    if name in REWARDS:
+        raise UserError(
+            f"'{name}' is a reward, not a verifier", suggest(name, VERIFIERS, "verifiers")
+        )
+    function = _imported(name, "verifier", VERIFIERS)
+    if is_reward(function) and not is_verifier(function):
+        raise UserError(
+            f"'{name}' is a reward, not a verifier",
+            "a verifier returns True or False and is marked with @verifier",
+        )
+    return function
+
+
+def _imported(name: str, kind: str, known: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
+    if ":" not in name:
+        next_step = suggest(name, known, f"built-in {kind}s")
+        raise UserError(
+            f"there is no built-in {kind} '{name}'",
+            f"{next_step}; or write an import path, pkg.module:name or path/to/file.py:name",
+        )
+    function = import_object(name, kind)
+    if not callable(function):
+        raise UserError(
+            f"{kind} '{name}' is {type(function).__name__}, not a function", "name a function"
+        )
+    return function

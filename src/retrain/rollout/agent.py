@@ -1,0 +1,90 @@
+"""The policy as an environment sees it: a renderer, an engine, and one seed a turn."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from retrain.engines.base import Engine, GenerateRequest, SamplingParams
+from retrain.rendering import Renderer, ToolSchema, prompt_token_ids
+from retrain.types import Message, Rollout, Task, Turn, UserError
+
+
+def request_seed(run_seed: int, epoch: int, task_id: str, sample: int, turn: int) -> int:
+    """A 63-bit seed that belongs to one request, whatever order requests arrive in."""
+    key = f"{run_seed}\0{epoch}\0{task_id}\0{sample}\0{turn}".encode()
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
+
+
+@dataclass(frozen=True)
+class EngineAgent:
+    """Samples MODEL messages from an engine; one instance serves one rollout.
+
+    Args:
+        params: sampling settings; the renderer's stop strings and tokens are added to them.
+        run_seed, epoch, sample: what a turn's seed is made from, with the task and the turn.
+    """
+
+    engine: Engine
+    renderer: Renderer
+    params: SamplingParams
+    run_seed: int
+    epoch: int
+    sample: int
+    rollout_id: str
+    group_id: str | None = None
+    name: str = "policy"
+    trainable: bool = True
+
+    def start(self, task: Task) -> Rollout:
+        return Rollout(
+            id=self.rollout_id,
+            group_id=self.group_id,
+            agent=self.name,
+            trainable=self.trainable,
+            task=task,
+        )
+
+    async def act(self, rollout: Rollout, tools: Sequence[ToolSchema] = ()) -> Message:
+        """Sample the next MODEL message and append it.
+
+        Raises:
+            UserError: the task's own prompt leaves no room in the context.
+            InfrastructureError: the engine failed.
+        """
+        prompt = self.renderer.prompt(rollout, tools)
+        prompt_ids = prompt_token_ids(rollout, prompt)
+        turn = len(rollout.model_messages)
+        task_id = rollout.task.id if rollout.task else ""
+        if turn == 0 and len(prompt_ids) >= self.engine.context_limit:
+            raise UserError(
+                f"task {task_id}: the prompt has {len(prompt_ids)} tokens; "
+                f"the context limit is {self.engine.context_limit}",
+                "Shorten the prompt, or raise engine.context_limit if the model allows it.",
+            )
+        completion = await self.engine.generate(
+            GenerateRequest(
+                prompt_ids,
+                replace(
+                    self.params,
+                    stop=self.renderer.stop,
+                    stop_token_ids=tuple(sorted(self.renderer.codec.stop_token_ids)),
+                ),
+                seed=request_seed(self.run_seed, self.epoch, task_id, self.sample, turn),
+                session=rollout.id,
+            )
+        )
+        entry = Turn(
+            prompt,
+            completion.token_ids,
+            completion.logprobs,
+            completion.versions,
+            completion.finish_reason,
+        )
+        message = self.renderer.message(completion.token_ids, tools)
+        if entry.finish_reason in ("length", "context"):
+            message = replace(message, tool_calls=())
+        message = replace(message, turn=entry)
+        rollout.add_messages(message)
+        return message

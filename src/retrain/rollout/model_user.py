@@ -1,0 +1,86 @@
+"""A simulated user that a model plays."""
+
+from __future__ import annotations
+
+from retrain.engines.base import Engine, SamplingParams
+from retrain.rendering import Renderer
+from retrain.rollout.agent import EngineAgent
+from retrain.types import Message, MessageType, Rollout, Task, UserError
+
+_FLIPPED = {MessageType.MODEL: MessageType.MESSAGE, MessageType.MESSAGE: MessageType.MODEL}
+
+
+class ModelUser:
+    """Plays the user: it sees the conversation with the parties exchanged.
+
+    Args:
+        system_prompt: a format string over the task's columns, `{prompt}` and `{answer}` too.
+        run_seed: with the rollout and the turn it makes each reply's seed.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        renderer: Renderer,
+        *,
+        system_prompt: str,
+        params: SamplingParams,
+        run_seed: int = 0,
+    ) -> None:
+        self._engine = engine
+        self._renderer = renderer
+        self._system_prompt = system_prompt
+        self._params = params
+        self._run_seed = run_seed
+
+    async def reply(self, task: Task, rollout: Rollout) -> str | None:
+        """The user's next words.
+
+        Raises:
+            UserError: the system prompt asks for a column that the task lacks.
+            InfrastructureError: the engine failed.
+        """
+        agent = EngineAgent(
+            engine=self._engine,
+            renderer=self._renderer,
+            params=self._params,
+            run_seed=self._run_seed,
+            epoch=len(rollout.model_messages),
+            sample=0,
+            rollout_id=_session(rollout),
+            trainable=False,
+        )
+        mine = agent.start(Task(rollout.id, ()))
+        mine.add_messages(Message(self._instructions(task), MessageType.SYSTEM))
+        mine.add_messages(
+            *(
+                Message(m.content, _FLIPPED[m.type])
+                for m in rollout.messages
+                if m.type in _FLIPPED
+            )
+        )
+        return (await agent.act(mine)).content.strip() or None
+
+    async def finish(self, rollout: Rollout) -> None:
+        await self._engine.end_session(_session(rollout))
+
+    async def close(self) -> None:
+        await self._engine.close()
+
+    def _instructions(self, task: Task) -> str:
+        columns = {
+            **task.metadata,
+            "prompt": task.prompt[-1].content if task.prompt else "",
+            "answer": task.answer,
+        }
+        try:
+            return self._system_prompt.format(**columns)
+        except (KeyError, IndexError) as error:
+            raise UserError(
+                f"environment.user.system_prompt asks for column {error}, which task {task.id} lacks",
+                f"Columns: {', '.join(sorted(columns))}.",
+            ) from error
+
+
+def _session(rollout: Rollout) -> str:
+    return f"user of {rollout.id}"

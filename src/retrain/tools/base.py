@@ -1,0 +1,67 @@
+"""What a tool is, and what one call of it comes to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from retrain.types import ToolCall
+
+CallStatus = Literal["ok", "model_error", "tool_error", "timeout"]
+"""Whose fault a call was. `model_error`: unknown tool, arguments that do not fit the schema, text
+that could not be parsed, or code that raised. `tool_error`: the tool raised. `timeout`: its time
+ran out. The model is shown every one of them."""
+
+
+class ToolError(Exception):
+    """The tool failed; the message is shown to the model."""
+
+
+class ModelError(Exception):
+    """The model used the tool wrongly (its code raised, say); the message is shown to it."""
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    call: ToolCall
+    text: str
+    """What the model will read."""
+    status: CallStatus = "ok"
+    wall_s: float = 0.0
+
+
+class ToolSession(Protocol):
+    """One rollout's use of a tool; state lasts over its calls."""
+
+    async def call(self, arguments: Mapping[str, Any]) -> str:
+        """Run the tool.
+
+        Raises:
+            ModelError, ToolError: shown to the model.
+            InfrastructureError: retried, then the rollout is masked.
+        """
+        ...
+
+    async def close(self) -> None: ...
+
+
+class Tool(Protocol):
+    name: str
+    description: str
+    parameters: dict[str, Any]
+    """JSON schema of the arguments, an object with named properties."""
+
+    def session(self) -> ToolSession: ...
+
+
+def tool_schema(tool: Tool) -> dict[str, Any]:
+    """The tool as chat templates and OpenAI-compatible APIs describe it."""
+    return {
+        "type": "function",
+        "function": {
+            "name": tool.name,
+            "description": tool.description,
+            "parameters": tool.parameters,
+        },
+    }

@@ -1,0 +1,21 @@
+"""One thread, nothing from the network, no display: set before any test module imports torch."""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import settings
+
+os.environ.update(
+    {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "MPLBACKEND": "Agg",
+    }
+)
+
+settings.register_profile("retrain", deadline=None)
+settings.load_profile("retrain")
