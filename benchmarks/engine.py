@@ -98,9 +98,9 @@ def run_generate(model: Qwen3ForCausalLM, plans: list[Plan]) -> tuple[int, int]:
         )  # fmt: skip
         everything += out[:, width:].numel()
         for conversation, plan, row in zip(conversations, plans, out, strict=True):
-            conversation += row[width : width + plan.budgets[turn]].tolist()
+            conversation.extend(row[width : width + plan.budgets[turn]].tolist())
             if turn < len(plan.answers):
-                conversation += plan.answers[turn]
+                conversation.extend(plan.answers[turn])
     return sum(sum(plan.budgets) for plan in plans), everything
 
 

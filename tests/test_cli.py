@@ -26,6 +26,8 @@ experiment_name: poem
 model: {name_or_path: some/model}
 prompt_source: {type: list, prompts: [a]}
 reward_setup: {rollout_reward_configs: {exact_match: {}}}
+evaluation: {prompt_source: {type: list, prompts: [b]}}
+sft: {dataset: traces.jsonl}
 """
 
 
@@ -88,6 +90,17 @@ def test_commands_run_their_stages(
     assert loops.only == [only]
     (loaded,) = loops.configs
     assert (loaded.seed, loaded.experiment_name, loaded.output_dir) == (3, "x", "a: b")
+
+
+def test_a_command_needs_only_the_sections_of_its_stages(tmp_path: Path, loops: Recorder) -> None:
+    path = tmp_path / "eval.yaml"
+    source = "{prompt_source: {type: list, prompts: [b]}}"
+    path.write_text(f"model: {{name_or_path: some/model}}\nevaluation: {source}\n")
+    assert invoke("eval", str(path)).exit_code == 0
+    result = invoke("run", str(path))
+    assert (
+        result.exit_code == 2 and "a stage of kind rl needs section prompt_source" in result.stderr
+    )
 
 
 def test_the_dedicated_option_wins_over_set(config: str, loops: Recorder) -> None:

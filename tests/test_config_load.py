@@ -292,6 +292,26 @@ def test_rl_needs_prompts_and_a_reward() -> None:
     assert load_config({**without_reward, "environment": own}).environment.type == "python"
 
 
+def test_only_keeps_the_stages_of_one_kind() -> None:
+    config = load_config(FULL)
+    assert [s[:2] for s in resolve_stages(config, only="sft")] == [("sft", "sft")]
+    assert [s[:2] for s in resolve_stages(load_config(base(sft=SFT)), only="sft")] == [
+        ("sft", "sft")
+    ]
+    with pytest.raises(UserError, match="config: stages has none of kind eval\n  Add one"):
+        load_config(FULL, only="eval")
+    with pytest.raises(UserError, match="config: a stage of kind eval needs section evaluation"):
+        load_config(base(), only="eval")
+
+
+def test_only_what_runs_needs_its_sections() -> None:
+    model = {"model": {"name_or_path": "m"}}
+    assert load_config({**model, "sft": SFT}).prompt_source is None
+    with pytest.raises(UserError, match=r"^config: a stage of kind rl needs section prompt_source"):
+        load_config({**model, "evaluation": EVALUATION})
+    assert load_config({**model, "evaluation": EVALUATION}, only="eval").prompt_source is None
+
+
 def test_an_empty_overlay_changes_nothing() -> None:
     assert StageConfig(kind="rl").overlays() == {}
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_forward import tiny_cohere, tiny_gemma2, tiny_lora, tiny_mamba
-from tiny import VOCAB, byte_tokenizer, seeded, tiny_gpt2, tiny_llama, tiny_qwen3
 from transformers import MistralConfig, MistralForCausalLM
 
 from retrain.engines.base import Completion, GenerateRequest, SamplingParams
 from retrain.engines.torch_engine import TorchEngine
 from retrain.models.forward import selected_logprobs
 from retrain.types import InfrastructureError, UserError
+from test_forward import tiny_cohere, tiny_gemma2, tiny_lora, tiny_mamba
+from tiny import VOCAB, byte_tokenizer, seeded, tiny_gpt2, tiny_llama, tiny_qwen3
 
 
 def tiny_mistral() -> Any:
@@ -45,7 +45,9 @@ def tokens(count: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
 
 
-def request(prompt: list[int], count: int = 8, seed: int = 0, session: str | None = None, **params: Any) -> GenerateRequest:
+def request(
+    prompt: list[int], count: int = 8, seed: int = 0, session: str | None = None, **params: Any
+) -> GenerateRequest:
     return GenerateRequest(prompt, SamplingParams(max_new_tokens=count, **params), seed, session)
 
 
@@ -61,11 +63,14 @@ def check_logprobs(model: Any, asked: GenerateRequest, got: Completion) -> None:
 
 
 @pytest.mark.parametrize("make", FAST, ids=lambda make: make.__name__)
-async def test_logprobs_are_the_learners(make: Callable[[], Any], caplog: pytest.LogCaptureFixture) -> None:
+async def test_logprobs_are_the_learners(
+    make: Callable[[], Any], caplog: pytest.LogCaptureFixture
+) -> None:
     model = make()
     prompts = [tokens(count, count) for count in (1, 3, 19, 20, 21)]
     asked = [
-        request(prompts[i // 4], 3 + 2 * i, seed=i, temperature=0.7) for i in range(4 * len(prompts))
+        request(prompts[i // 4], 3 + 2 * i, seed=i, temperature=0.7)
+        for i in range(4 * len(prompts))
     ]
     async with running(model, max_slots=7) as engine:
         got = await asyncio.gather(*map(engine.generate, asked))
@@ -76,7 +81,9 @@ async def test_logprobs_are_the_learners(make: Callable[[], Any], caplog: pytest
     assert "slot cache" not in caplog.text
 
 
-async def test_a_recurrent_model_falls_back_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_recurrent_model_falls_back_and_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     model = tiny_mamba()
     asked = [request(tokens(2 + i, i), 3 + i, seed=i, temperature=0.7) for i in range(5)]
     with caplog.at_level(logging.WARNING):
@@ -101,7 +108,9 @@ async def test_greedy_decoding_equals_generate(make: Callable[[], Any]) -> None:
     assert list(got.token_ids) == out[0, 11:].tolist()
 
 
-async def converse(engine: TorchEngine, index: int, answer: int) -> list[tuple[GenerateRequest, Completion]]:
+async def converse(
+    engine: TorchEngine, index: int, answer: int
+) -> list[tuple[GenerateRequest, Completion]]:
     """Three turns, each followed by `answer` tokens of tool output."""
     ids, done = tokens(5 + index % 3, index % 3), []
     for turn in range(3):
@@ -116,7 +125,9 @@ async def converse(engine: TorchEngine, index: int, answer: int) -> list[tuple[G
 
 @pytest.mark.parametrize("answer", [1, 6, 40])
 @pytest.mark.parametrize("slots", [1, 4, 32])
-async def test_sessions_go_on_from_their_cache_and_survive_eviction(answer: int, slots: int) -> None:
+async def test_sessions_go_on_from_their_cache_and_survive_eviction(
+    answer: int, slots: int
+) -> None:
     model = tiny_qwen3()
     async with running(model, max_slots=slots) as engine:
         rollouts = await asyncio.gather(*(converse(engine, i, answer) for i in range(12)))
@@ -320,7 +331,9 @@ async def test_score() -> None:
 
 async def test_it_generates_in_evaluation_mode() -> None:
     model = tiny_qwen3()
-    model.model.layers[0].mlp.register_forward_pre_hook(lambda module, _: seen.append(module.training))
+    model.model.layers[0].mlp.register_forward_pre_hook(
+        lambda module, _: seen.append(module.training)
+    )
     seen: list[bool] = []
     model.train()
     async with running(model) as engine:
@@ -342,7 +355,9 @@ async def test_it_generates_in_evaluation_mode() -> None:
         ([1], {"stop_token_ids": (VOCAB,)}),
     ],
 )
-async def test_requests_that_make_no_sense_are_refused(prompt: list[int], params: dict[str, Any]) -> None:
+async def test_requests_that_make_no_sense_are_refused(
+    prompt: list[int], params: dict[str, Any]
+) -> None:
     async with running(tiny_qwen3()) as engine:
         with pytest.raises(UserError):
             await engine.generate(GenerateRequest(prompt, SamplingParams(**params)))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import byte_tokenizer
 
 from retrain.engines.runners import PREFILL_TOKENS, batches
 from retrain.engines.sampling import UNIFORM_BLOCK, Uniforms, sample_tokens, truncate
 from retrain.engines.slots import SlotTable
 from retrain.engines.stops import StopRules, could_complete
+from tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer(merges=(("a", "b"), ("ab", "a"), ("Ã", "©"), ("b", "Ã"), ("©", "a")))
 
@@ -84,7 +84,9 @@ def test_tokens_that_could_complete_a_string(piece: str, text: str, expected: bo
 
 @settings(max_examples=200, deadline=None)
 @given(st.text("abé→<", min_size=1, max_size=20), st.data())
-def test_stop_strings_are_found_where_decoding_everything_finds_them(text: str, data: st.DataObject) -> None:
+def test_stop_strings_are_found_where_decoding_everything_finds_them(
+    text: str, data: st.DataObject
+) -> None:
     stop = data.draw(st.text("abé→<", min_size=1, max_size=3))
     raw = TOKENIZER.encode(text)
     rule = StopRules(TOKENIZER, len(TOKENIZER)).rule((stop,), ())
@@ -128,10 +130,12 @@ def test_compaction_moves_the_highest_rows_into_the_lowest_holes() -> None:
     for slot in (0, 1, 2, 4, 6):
         table.deactivate(slot)
     movers, holes = table.compaction()
-    assert (movers, holes) == ([3 + 2, 7], [0, 1]) or sorted(movers) == [3, 5, 7][-len(movers) :]
+    assert (movers, holes) == ([3, 5, 7], [0, 1, 2])
     table.swap(movers, holes)
     assert table.active.tolist() == [True] * 3 + [False] * 5
-    assert all(table.ids[slot, 0] == ord(name) - ord("a") for name, slot in table.by_session.items())
+    assert all(
+        table.ids[slot, 0] == ord(name) - ord("a") for name, slot in table.by_session.items()
+    )
     assert table.compaction() == ([], [])
 
 

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import VOCAB, seeded, tiny_gpt2, tiny_llama, tiny_qwen3
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
@@ -24,6 +23,7 @@ from retrain.models.forward import (
     selected_logprobs,
     splits_exactly,
 )
+from tiny import VOCAB, seeded, tiny_gpt2, tiny_llama, tiny_qwen3
 
 SMALL: dict[str, Any] = {
     "vocab_size": VOCAB,
@@ -89,7 +89,9 @@ def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return ids, lengths, mask
 
 
-def reference(model: Any, ids: torch.Tensor, lengths: torch.Tensor, temperature: float) -> torch.Tensor:
+def reference(
+    model: Any, ids: torch.Tensor, lengths: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """One row at a time, unpadded, through the model's own forward pass."""
     out = torch.zeros(ids.shape)
     for row, length in enumerate(lengths.tolist()):
@@ -134,7 +136,9 @@ def test_an_unusual_head_uses_the_whole_model() -> None:
     ids, lengths, mask = batch()
     with torch.no_grad():
         found = selected_logprobs(model, ids, lengths, mask)
-        torch.testing.assert_close(found, reference(model, ids, lengths, 1.0) * mask, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            found, reference(model, ids, lengths, 1.0) * mask, atol=1e-5, rtol=0
+        )
 
 
 def test_chunks_do_not_change_values_or_gradients() -> None:

@@ -135,16 +135,16 @@ def main() -> None:
 
 
 def _run(path: Path, overrides: list[str], only: Only | None = None) -> None:
-    config = _load(path, overrides)
+    config = _load(path, overrides, only)
     from retrain.loops.run import run
 
     asyncio.run(run(config, only=only))
 
 
-def _load(path: Path, overrides: list[str]) -> TrainingConfig:
+def _load(path: Path, overrides: list[str], only: Only | None = None) -> TrainingConfig:
     from retrain.config.load import load_config
 
-    config = load_config(path, overrides)
+    config = load_config(path, overrides, only=only)
     _set_up_logging(config.logging_level)
     return config
 

@@ -14,7 +14,7 @@ class Optimization(Section):
 
     learning_rate: float = Field(1e-5, gt=0)
     optimizer: Literal["adamw", "muon"] = "adamw"
-    """`muon`: torch.optim.Muon on the matrices inside the layers, AdamW on the rest."""
+    """`muon`: Muon on the matrices inside the layers, AdamW on the rest."""
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = Field(0.0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"

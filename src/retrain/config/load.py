@@ -27,9 +27,12 @@ _short.maxstring = _short.maxother = 60
 
 
 def load_config(
-    source: str | Path | Mapping[str, Any] | TrainingConfig, overrides: Sequence[str] = ()
+    source: str | Path | Mapping[str, Any] | TrainingConfig,
+    overrides: Sequence[str] = (),
+    *,
+    only: StageKind | None = None,
 ) -> TrainingConfig:
-    """Read, override and check a config; all its stages are checked too.
+    """Read, override and check a config, its stages (or those of the kind `only`) included.
 
     `overrides` are `dotted.key=value` strings whose values are YAML; list items go by index.
 
@@ -50,7 +53,7 @@ def load_config(
     for override in overrides:
         _apply_override(data, override)
     config = _validate(data, where)
-    resolve_stages(config, where)
+    resolve_stages(config, where, only=only)
     return config
 
 
@@ -64,20 +67,21 @@ def resolve_stages(
     Raises:
         UserError: a stage does not check, or lacks the section that it needs.
     """
-    stages = config.stages
-    if stages is None:
-        stages = _default_stages(config, only)
-    elif only is not None:
-        stages = [stage for stage in stages if stage.kind == only]
-        if not stages:
-            raise UserError(f"{where}: stages has none of kind {only}", "Add one, or run them all.")
+    if config.stages is None:
+        placed = [(where, stage) for stage in _default_stages(config, only)]
+    else:
+        placed = [
+            (f"{where}: stages.{index}", stage)
+            for index, stage in enumerate(config.stages)
+            if only in (None, stage.kind)
+        ]
+    if not placed:
+        raise UserError(f"{where}: stages has none of kind {only}", "Add one, or run them all.")
     base = config.model_dump(mode="json", exclude={"stages"})
-    taken = {stage.name for stage in stages if stage.name}
+    taken = {stage.name for _, stage in placed if stage.name}
     resolved: list[tuple[str, StageKind, TrainingConfig]] = []
-    for index, stage in enumerate(stages):
-        merged = merge(base, stage.overlays())
-        place = f"{where}: stages.{index}"
-        stage_config = _validate(merged, place)
+    for place, stage in placed:
+        stage_config = _validate(merge(base, stage.overlays()), place)
         _require_sections(stage.kind, stage_config, place)
         name = stage.name or _free_name(stage.kind, taken)
         if any(name == other for other, _, _ in resolved):

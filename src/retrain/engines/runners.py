@@ -41,7 +41,9 @@ class Runner(Protocol):
 
     def reserve(self, slots: int, columns: int) -> None: ...
 
-    def prefill(self, ids: np.ndarray, rows: Sequence[int], start: np.ndarray, end: np.ndarray) -> None:
+    def prefill(
+        self, ids: np.ndarray, rows: Sequence[int], start: np.ndarray, end: np.ndarray
+    ) -> None:
         """Run columns [start, end) of `rows`; `ids` is the whole table [slots, columns]."""
         ...
 
@@ -87,12 +89,16 @@ class CachedRunner:
     def copy(self, source: Sequence[int], target: Sequence[int], width: int) -> None:
         self._cache.copy(self._index(source), self._index(target), width)
 
-    def prefill(self, ids: np.ndarray, rows: Sequence[int], start: np.ndarray, end: np.ndarray) -> None:
+    def prefill(
+        self, ids: np.ndarray, rows: Sequence[int], start: np.ndarray, end: np.ndarray
+    ) -> None:
         for part in batches(end - start):
             chosen = np.asarray(rows)[part]
             self._prefill(ids, chosen, start[part], end[part])
 
-    def _prefill(self, ids: np.ndarray, rows: np.ndarray, start: np.ndarray, end: np.ndarray) -> None:
+    def _prefill(
+        self, ids: np.ndarray, rows: np.ndarray, start: np.ndarray, end: np.ndarray
+    ) -> None:
         width = int((end - start).max())
         columns = start[:, None] + np.arange(width)
         inside = columns < end[:, None]
@@ -154,7 +160,9 @@ class PlainRunner:
     def reserve(self, slots: int, columns: int) -> None:
         pass
 
-    def prefill(self, ids: np.ndarray, rows: Sequence[int], start: np.ndarray, end: np.ndarray) -> None:
+    def prefill(
+        self, ids: np.ndarray, rows: Sequence[int], start: np.ndarray, end: np.ndarray
+    ) -> None:
         pass
 
     def copy(self, source: Sequence[int], target: Sequence[int], width: int) -> None:

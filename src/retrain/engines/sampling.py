@@ -28,7 +28,9 @@ class Uniforms:
         return np.minimum(self._generator.random(UNIFORM_BLOCK).astype(np.float32), _LARGEST)
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor, temperature: Tensor | float) -> tuple[Tensor, Tensor]:
+def sample_tokens(
+    logits: Tensor, uniforms: Tensor, temperature: Tensor | float
+) -> tuple[Tensor, Tensor]:
     """Sample one token per row by inverse CDF; temperature 0 is argmax.
 
     Args:

@@ -303,7 +303,7 @@ class Scheduler:
     def _finish_reason(self, slot: int) -> FinishReason | None:
         table, job = self._table, self._jobs[slot]
         start, known = len(job.request.prompt_ids), int(table.known[slot])
-        stopped = job.rule.reason(table.ids[slot, start:known])
+        stopped = job.rule.reason(table.ids[slot, start:known].tolist())
         if stopped is not None or known < table.end[slot]:
             return stopped
         return "length" if known - start >= job.request.params.max_new_tokens else "context"

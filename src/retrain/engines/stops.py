@@ -26,7 +26,9 @@ class StopRule:
     `flags` [V] is True for stop tokens and for every token that could complete a stop string.
     """
 
-    def __init__(self, flags: np.ndarray, stop: tuple[str, ...], token_ids: tuple[int, ...], tokenizer: Any) -> None:
+    def __init__(
+        self, flags: np.ndarray, stop: tuple[str, ...], token_ids: tuple[int, ...], tokenizer: Any
+    ) -> None:
         self.flags = flags
         self._stop = stop
         self._token_ids = frozenset(token_ids)
@@ -60,7 +62,9 @@ class StopRules:
         """
         key = (stop, token_ids)
         if key not in self._rules:
-            self._rules[key] = StopRule(self._flags(stop, token_ids), stop, token_ids, self._tokenizer)
+            self._rules[key] = StopRule(
+                self._flags(stop, token_ids), stop, token_ids, self._tokenizer
+            )
         return self._rules[key]
 
     def _flags(self, stop: tuple[str, ...], token_ids: tuple[int, ...]) -> np.ndarray:

@@ -55,7 +55,9 @@ class TorchEngine:
         context_limit: int | None = None,
         version: int = 0,
     ) -> None:
-        self._context_limit = context_limit or architecture_setting(model, "max_position_embeddings")
+        self._context_limit = context_limit or architecture_setting(
+            model, "max_position_embeddings"
+        )
         if not self._context_limit:
             raise UserError(
                 f"{type(unwrap(model)).__name__} names no context limit",
@@ -104,7 +106,8 @@ class TorchEngine:
             return await job.future
         except asyncio.CancelledError:
             job.cancelled = True
-            self._post(lambda: self._scheduler.cancel(job))
+            if not self._closed:
+                self._post(lambda: self._scheduler.cancel(job))
             raise
 
     def _check(self, request: GenerateRequest) -> None:
@@ -126,7 +129,11 @@ class TorchEngine:
 
     def _hand_over(self) -> None:
         jobs, self._arrived = self._arrived, []
-        self._post(lambda: self._scheduler.submit(jobs))
+        try:
+            self._post(lambda: self._scheduler.submit(jobs))
+        except InfrastructureError as error:
+            for job in jobs:
+                _settle(job.future, error)
 
     async def score(self, token_ids: list[int], temperature: float = 1.0) -> array[float]:
         """Log-probability of each token given those before it [T]; 0.0 for the first."""

@@ -10,6 +10,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from retrain.learner.muon import Muon
+
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["constant", "linear", "cosine"]
 
@@ -46,8 +48,7 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW on everything; or Muon on the matrices inside the layers and AdamW on the rest.
 
-    Muon (Jordan et al., 2024) is scaled to match AdamW's update size, so one learning rate serves
-    both. Embeddings, heads, norms and biases stay with AdamW; only matrices decay.
+    Muon is scaled to match AdamW's update size, so one learning rate serves both. Embeddings, heads, norms and biases stay with AdamW; only matrices decay.
     """
     matrices: list[Tensor] = []
     tables: list[Tensor] = []
@@ -63,14 +64,7 @@ def make_optimizers(
             tables.append(parameter)
     optimizers: list[torch.optim.Optimizer] = []
     if name == "muon" and matrices:
-        optimizers.append(
-            torch.optim.Muon(
-                matrices,
-                lr=learning_rate,
-                weight_decay=weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            )
-        )
+        optimizers.append(Muon(matrices, lr=learning_rate, weight_decay=weight_decay))
         matrices = []
     groups = [
         {"params": [*matrices, *tables], "weight_decay": weight_decay},

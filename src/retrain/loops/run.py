@@ -53,7 +53,7 @@ async def run(
     Raises:
         UserError: something in the config, the data or the user's own code is wrong.
     """
-    checked = load_config(config, overrides)
+    checked = load_config(config, overrides, only=only)
     stages = resolve_stages(checked, only=only)
     policy = load_policy(checked.model, seed=checked.seed)
     context = RunContext(policy, build_engine(checked, policy), build_sandbox(checked))

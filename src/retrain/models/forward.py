@@ -157,7 +157,9 @@ def selected_logprobs(
         hidden = decoder_hidden(model, trimmed)[rows, chosen - 1]
         picked = _chunked_logprobs(model, hidden, targets, temperature, logits_per_chunk)
     else:
-        picked = _token_logprobs(full_logits(model, trimmed)[rows, chosen - 1], targets, temperature)
+        picked = _token_logprobs(
+            full_logits(model, trimmed)[rows, chosen - 1], targets, temperature
+        )
     return torch.zeros(mask.shape, device=picked.device).index_put((rows, chosen), picked)
 
 
@@ -172,7 +174,7 @@ def _chunked_logprobs(
 
     if len(targets) <= size:
         return of(hidden, targets)
-    parts = zip(hidden.split(size), targets.split(size), strict=True)
+    parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
     return torch.cat(
         [checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     )

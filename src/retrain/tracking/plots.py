@@ -19,7 +19,7 @@ _BLUE, _ORANGE, _GREEN, _RED, _PURPLE = "#2563a8", "#d9730d", "#2e8b57", "#c0392
 _COLORS = (_BLUE, _ORANGE, _GREEN, _PURPLE, _RED)
 _INK, _FAINT = "#333333", "#dddddd"
 _PANEL_INCHES = (5.2, 3.4)
-_SMOOTHED_SHARE = 0.1
+_SMOOTHED_SHARE = 0.06
 """Width of the moving average, as a share of the curve."""
 
 
