@@ -260,9 +260,16 @@ class Rollout:
     def full_token_ids(self, segment: int = -1) -> array[int]:
         """Token ids of a segment with the prefix it shares with its ancestors, [T]."""
         own = self.segments[segment]
-        if own.parent is None:
-            return own.token_ids[:]
-        return self.full_token_ids(own.parent)[: own.prefix_len] + own.token_ids
+        pieces = [own.token_ids]
+        length = own.prefix_len
+        while own.parent is not None:
+            own = self.segments[own.parent]
+            pieces.append(own.token_ids[: max(0, length - own.prefix_len)])
+            length = min(length, own.prefix_len)
+        full = array("i")
+        for piece in reversed(pieces):
+            full.extend(piece)
+        return full
 
     @property
     def model_messages(self) -> list[int]:

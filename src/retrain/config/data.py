@@ -41,7 +41,9 @@ class HoldoutConfig(Section):
     fraction: float = Field(0.25, gt=0.0, lt=1.0)
     """Expected share of prompts in the test part."""
     part: Literal["train", "test"]
+    """Which side of the split this source gives."""
     seed: int = 0
+    """Of the split; not the run's."""
 
 
 class SourceSection(Section):
@@ -52,6 +54,7 @@ class SourceSection(Section):
     """
 
     prompt_column: str = "prompt"
+    """The user's message; a bare string in place of a row is its prompt."""
     answer_column: str | None = "answer"
     """Becomes `Task.answer`. The default may be absent from a row; any other name must be there."""
     id_column: str | None = None
@@ -61,15 +64,19 @@ class SourceSection(Section):
     metadata_columns: list[str] | None = None
     """Become `Task.metadata`; by default every column that is used for nothing else."""
     system_prompt: str | None = None
+    """Opens every prompt."""
     prompt_template: str | None = None
     """A format string of column names; `{prompt}` is the value of `prompt_column`."""
     skip: NonNegativeInt = 0
+    """Tasks left out at the start."""
     limit: PositiveInt | None = None
+    """Most tasks kept; null keeps all."""
     shuffle: bool = True
     """A new order in every epoch, from the run's seed."""
     deduplicate: bool = True
     """Keep the first of the rows that render to one prompt."""
     holdout: HoldoutConfig | None = None
+    """Keep one part of a split, so that training and evaluation share no prompt."""
 
     @field_validator("prompt_template")
     @classmethod
@@ -111,6 +118,7 @@ class StreamableSection(SourceSection):
 class ListSourceConfig(SourceSection):
     type: Literal["list"]
     prompts: list[str | dict[str, Any]] = Field(min_length=1)
+    """Strings, or rows with columns."""
 
 
 class FileSourceConfig(StreamableSection):
@@ -121,7 +129,9 @@ class FileSourceConfig(StreamableSection):
 
     type: Literal["file"]
     path: str = Field(min_length=1)
+    """Relative to the working directory."""
     format: FileFormat = "auto"
+    """`auto` goes by the suffix."""
 
 
 class HFDatasetSourceConfig(StreamableSection):
@@ -129,9 +139,11 @@ class HFDatasetSourceConfig(StreamableSection):
 
     type: Literal["hf_dataset"]
     path: str = Field(min_length=1)
+    """A hub id or a directory."""
     name: str | None = None
     """The dataset's configuration, for datasets that have several."""
     split: str = Field("train", min_length=1)
+    """The dataset's own split, as the hub names it."""
 
 
 class ReasoningGymSourceConfig(SourceSection):
@@ -143,7 +155,9 @@ class ReasoningGymSourceConfig(SourceSection):
 
     type: Literal["reasoning_gym"]
     dataset: str = Field(min_length=1)
+    """Its name in reasoning-gym."""
     size: PositiveInt = 500
+    """Tasks generated."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Passed to the dataset; `seed` is the run's unless it is given here."""
 
@@ -165,6 +179,7 @@ class PythonSourceConfig(StreamableSection):
     function: str = Field(min_length=1)
     """`pkg.module:name`."""
     params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the function."""
 
 
 PromptSourceConfig = Annotated[

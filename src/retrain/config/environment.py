@@ -15,7 +15,9 @@ class ToolConfig(Section):
     """A tool by name (`python`) or import path (`pkg.module:name`, `tools.py:name`)."""
 
     name: str
+    """A built-in name or an import path."""
     params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of the built-in tool, or of the constructor of a tool class."""
 
 
 class TagsFormat(Section):
@@ -27,9 +29,13 @@ class TagsFormat(Section):
 
     type: Literal["tags"] = "tags"
     tool_start: str = TagConfig.tool_start
+    """Opens a call."""
     tool_end: str = TagConfig.tool_end
+    """Closes a call; generation stops there."""
     response_start: str = TagConfig.response_start
+    """Put before a result."""
     response_end: str = TagConfig.response_end
+    """Put after a result."""
 
     def tags(self) -> TagConfig:
         return TagConfig(self.tool_start, self.tool_end, self.response_start, self.response_end)
@@ -45,7 +51,9 @@ class FencedFormat(Section):
 
     type: Literal["fenced"] = "fenced"
     language: str = Field("python", pattern=r"^[\w+-]+$")
+    """Label of the blocks that are calls."""
     output: str = Field("output", pattern=r"^[\w+-]+$")
+    """Label of the blocks that hold results."""
 
 
 class NativeFormat(Section):
@@ -62,10 +70,13 @@ class ToolEnvironmentConfig(Section):
 
     type: Literal["smolagent"] = "smolagent"
     tools: list[str | ToolConfig] = Field(default_factory=list)
+    """Names or import paths, or mappings with `name` and `params`."""
     tool_format: ToolFormatConfig = Field(default_factory=TagsFormat)
+    """How calls are written and results put back."""
     max_steps: int = Field(10, ge=1)
     """Most MODEL turns of a rollout."""
     tool_timeout_s: float = Field(30.0, gt=0)
+    """Of one attempt at a call, unless the tool has a `timeout_s` of its own."""
     tool_retries: int = Field(2, ge=0)
     """Of a call whose infrastructure failed."""
     max_output_chars: int = Field(4000, ge=16)
@@ -95,6 +106,7 @@ class QAConfig(Section):
 class ScriptedUser(Section):
     type: Literal["scripted"] = "scripted"
     replies: list[str] = Field(default_factory=list)
+    """What the user says, in order, in every rollout."""
     replies_column: str | None = None
     """A column of the prompt source that holds each task's own list of replies."""
 
@@ -108,10 +120,13 @@ class ScriptedUser(Section):
 class ModelUser(Section):
     type: Literal["model"] = "model"
     model: ModelConfig
+    """Loaded beside the policy; it never trains."""
     system_prompt: str
     """A format string over the task's columns, `{prompt}` and `{answer}` among them."""
     max_new_tokens: int = Field(128, ge=1)
+    """Of one reply."""
     temperature: float = Field(1.0, ge=0)
+    """Of its sampling; 0 is greedy."""
 
 
 class DialogueConfig(Section):
@@ -119,6 +134,7 @@ class DialogueConfig(Section):
 
     type: Literal["dialogue"] = "dialogue"
     user: Annotated[ScriptedUser | ModelUser, Field(discriminator="type")]
+    """Who answers the policy."""
     max_turns: int = Field(10, ge=1)
     """Most MODEL turns of a rollout."""
     stop_phrase: str | None = None
@@ -130,7 +146,9 @@ class PythonEnvironmentConfig(Section):
 
     type: Literal["python"] = "python"
     path: str
+    """`pkg.module:Class` or `path/to/file.py:Class`, a subclass of `retrain.Environment`."""
     params: dict[str, Any] = Field(default_factory=dict)
+    """Keyword arguments of its constructor."""
 
 
 EnvironmentConfig = Annotated[

@@ -29,16 +29,25 @@ class StageConfig(Section):
     """One step of a pipeline: a kind, and what differs from the sections above for it."""
 
     kind: StageKind
+    """What the stage does."""
     name: str | None = Field(None, pattern=r"^[\w.-]+$")
     """Names the stage's files and rows; by default its kind."""
     model: dict[str, Any] = Field(default_factory=dict)
+    """Refused: a stage trains the model of the stage before it."""
     algorithm: dict[str, Any] = Field(default_factory=dict)
+    """Keys that replace those of the section above, for this stage."""
     environment: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
     prompt_source: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
     reward_setup: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
     checkpoint: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
     sft: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
 
     @field_validator("kind", mode="before")
     @classmethod
@@ -59,20 +68,35 @@ class StageConfig(Section):
 
 class TrainingConfig(Section):
     experiment_name: str = Field("experiment", pattern=r"^[\w.-]+$")
+    """Names the run directory."""
     seed: int = Field(0, ge=0)
+    """All randomness of the run follows from it."""
     logging_level: Literal["debug", "info", "warning", "error"] = "warning"
+    """Of messages on standard error."""
     output_dir: str = "runs"
+    """Where run directories are made."""
     model: ModelConfig
+    """Which policy trains."""
     algorithm: AlgorithmConfig = Field(default_factory=AlgorithmConfig)
+    """How rewards become gradients."""
     environment: EnvironmentConfig = Field(default_factory=QAConfig)
+    """What the policy acts in."""
     prompt_source: PromptSourceConfig | None = None
+    """Where tasks come from; RL needs it."""
     reward_setup: RewardSetup = Field(default_factory=RewardSetup)
+    """What a rollout is worth."""
     engine: EngineConfig = Field(default_factory=EngineConfig)
+    """What samples."""
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
+    """Where code that the model wrote runs."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """When weights are saved."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """What a run writes down and shows."""
     evaluation: EvaluationConfig | None = None
+    """On which tasks, how, and what counts as success."""
     sft: SFTConfig | None = None
+    """Traces to imitate, and how."""
     stages: list[StageConfig] | None = Field(None, min_length=1)
     """A pipeline. Without it the run is one RL stage, evaluated before and after where
     `evaluation` is set."""

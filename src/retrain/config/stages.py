@@ -13,6 +13,7 @@ from retrain.config.data import PromptSourceConfig
 
 class EngineConfig(Section):
     type: str = "torch"
+    """`torch`, in the same process; no other is built."""
     max_slots: int = Field(128, ge=1)
     """Sequences decoded together."""
     context_limit: int | None = Field(None, ge=2)
@@ -28,10 +29,15 @@ class EngineConfig(Section):
 
 class SandboxConfig(Section):
     type: str = "auto"
+    """`auto` and `monty` are the same today: an interpreter for a subset of Python."""
     timeout_s: float = Field(5.0, gt=0)
+    """Running time of one call."""
     memory_mb: int = Field(256, ge=1)
+    """Of one session."""
     max_output_chars: int = Field(4000, ge=16)
+    """Of one call's output; the middle is left out."""
     max_concurrency: int = Field(64, ge=1)
+    """Sessions at the same time; further ones wait."""
 
     @field_validator("type")
     @classmethod
@@ -54,6 +60,7 @@ class TrackingConfig(Section):
     rollouts: bool = True
     """Write every rollout, tokens included."""
     plots: bool = True
+    """Draw `plots/curves.png` at the end."""
     transcripts: int = Field(3, ge=0)
     """Rollouts written out as text after each evaluation."""
     progress: Literal["auto", "on", "off"] = "auto"
@@ -62,10 +69,13 @@ class TrackingConfig(Section):
 
 class EvaluationMode(Section):
     name: str = Field(pattern=r"^[\w.= -]+$")
+    """Names the mode's rows and files."""
     temperature: float = Field(1.0, ge=0)
     """0 is greedy."""
     top_p: float = Field(1.0, gt=0, le=1)
+    """Sample from the smallest set of tokens with this probability; 1 is off."""
     top_k: int = Field(0, ge=0)
+    """Sample from this many tokens; 0 is off."""
     tools: bool = True
     """False: calls are answered with a message that the tools are switched off."""
     repeats: int = Field(1, ge=1)
@@ -81,14 +91,17 @@ def _default_modes() -> list[EvaluationMode]:
 
 class EvaluationConfig(Section):
     prompt_source: PromptSourceConfig
+    """Held-out tasks."""
     every_steps: int | None = Field(None, ge=1)
     """Also during RL; None evaluates only where an eval stage stands, or before and after."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Of one MODEL turn; by default that of training."""
     modes: list[EvaluationMode] = Field(default_factory=_default_modes, min_length=1)
+    """Each is run on every task."""
     success_reward: str | None = None
     """The reward whose raw value decides success; None: the total reward."""
     success_threshold: float = 1.0
+    """The value from which on a rollout counts as a success."""
     group_by: str | None = None
     """A metadata column: success is also reported for each of its values."""
     exclude: list[str] = Field(default_factory=list)
@@ -113,8 +126,11 @@ class SFTConfig(Optimization):
     steps: int | None = Field(None, ge=1)
     """None: as many as `epochs` takes."""
     epochs: int = Field(1, ge=1)
+    """Passes over the traces."""
     batch_size: int = Field(16, ge=1)
+    """Traces of one update."""
     shuffle: bool = True
+    """A new order in every epoch, from the run's seed."""
 
     @model_validator(mode="after")
     def _params_have_a_function(self) -> SFTConfig:

@@ -27,7 +27,7 @@ FEED_LIMIT = 32
 FEED_CROWD = 4
 """Rows decoding per row fed above which feeding is cheaper than a prefill call of its own."""
 
-MIN_COPY = 32
+MIN_COPY = 64
 """Shortest prefix worth copying from another slot."""
 
 MIN_SAVED = 256

@@ -15,6 +15,9 @@ from retrain.engines.sampling import UNIFORM_BLOCK
 
 COLUMN_BLOCK = 64
 SLOT_BLOCK = 16
+WASTE = 3
+"""A decode view is made tight when more than one row in so many is idle: moving rows costs about as
+much as running half the view once, and rows that wait for a tool come back."""
 
 
 @dataclass
@@ -151,7 +154,7 @@ class SlotTable:
     def compaction(self) -> tuple[list[int], list[int]]:
         """Active slots to move and the lower ones to swap them with; empty while tight enough."""
         count, extent = int(self.active.sum()), self.extent
-        if extent - count < max(2, extent // 8):
+        if extent - count < max(4, extent // WASTE):
             return [], []
         holes = np.flatnonzero(~self.active[:count])
         movers = np.flatnonzero(self.active[count:extent]) + count

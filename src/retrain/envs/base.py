@@ -7,12 +7,14 @@ its own shallow copy, so `self` may hold that rollout's state from `reset` on.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self
 
 from retrain.rendering import ToolSchema
-from retrain.types import Message, Rollout, StopReason, Task
+from retrain.rewards.failures import describe_exception, describe_rollout
+from retrain.types import InfrastructureError, Message, Rollout, StopReason, Task, UserError
 
 
 class Agent(Protocol):
@@ -55,9 +57,16 @@ class Environment:
         """Tools that the policy may call; written into the prompt where the format does that."""
         return ()
 
-    async def reset(self, task: Task) -> Sequence[Message]:
-        """The messages that a rollout starts with."""
+    def opening(self, task: Task) -> Sequence[Message]:
+        """The messages that a rollout starts with, as far as the task alone tells them.
+
+        Their length is checked against the context limit before the run begins.
+        """
         return task.prompt
+
+    async def reset(self, task: Task) -> Sequence[Message]:
+        """The messages that a rollout starts with; override it to set up the rollout's state."""
+        return self.opening(task)
 
     async def step(self, rollout: Rollout, message: Message) -> Step:
         """Answer the policy's message, which is the last of the rollout. By default: stop."""
@@ -70,17 +79,25 @@ class Environment:
         """Release what the environment as a whole holds; called once, at the end of the run."""
 
     async def run(self, task: Task, agent: Agent) -> Rollout:
-        """One rollout, from reset to stop."""
+        """One rollout, from reset to stop.
+
+        Raises:
+            UserError: `reset` or `step` raised; the rollout so far is shown.
+            InfrastructureError: as they raised it.
+        """
         rollout = agent.start(task)
         try:
-            rollout.add_messages(*await self.reset(task))
+            with self._blamed("reset", rollout):
+                opening = await self.reset(task)
+            rollout.add_messages(*opening)
             while rollout.stop_reason is None:
                 message = await agent.act(rollout, self.tool_schemas)
                 rollout.stop_reason = _cut_short(message)
                 if rollout.stop_reason is not None:
                     rollout.env_rewards.append(0.0)
                     break
-                step = await self.step(rollout, message)
+                with self._blamed("step", rollout):
+                    step = await self.step(rollout, message)
                 rollout.add_messages(*step.messages)
                 rollout.env_rewards.append(step.reward)
                 rollout.stop_reason = step.stop
@@ -89,6 +106,19 @@ class Environment:
         finally:
             await self.finish(rollout)
         return rollout
+
+    @contextmanager
+    def _blamed(self, method: str, rollout: Rollout) -> Iterator[None]:
+        """Say which environment failed, and on what."""
+        try:
+            yield
+        except (InfrastructureError, UserError):
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{type(self).__name__}.{method} failed: {describe_exception(error)}",
+                f"The rollout was:\n{describe_rollout(rollout)}",
+            ) from error
 
 
 def _cut_short(message: Message) -> StopReason | None:

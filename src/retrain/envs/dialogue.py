@@ -35,10 +35,15 @@ class ScriptedUser:
 
     async def reply(self, task: Task, rollout: Rollout) -> str | None:
         said = len(rollout.model_messages) - 1
-        script = self._script(task)
+        script = self.script(task)
         return script[said] if said < len(script) else None
 
-    def _script(self, task: Task) -> Sequence[str]:
+    def script(self, task: Task) -> Sequence[str]:
+        """What this user will say.
+
+        Raises:
+            UserError: the task's column does not hold a list of strings.
+        """
         if self._column is None:
             return self._replies
         script = task.metadata.get(self._column)
@@ -72,9 +77,14 @@ class DialogueEnvironment(Environment):
         self.stop_phrase = stop_phrase
         self._task: Task | None = None
 
+    def opening(self, task: Task) -> Sequence[Message]:
+        if isinstance(self.user, ScriptedUser):
+            self.user.script(task)
+        return task.prompt
+
     async def reset(self, task: Task) -> Sequence[Message]:
         self._task = task
-        return task.prompt
+        return self.opening(task)
 
     async def step(self, rollout: Rollout, message: Message) -> Step:
         assert self._task is not None
@@ -84,9 +94,7 @@ class DialogueEnvironment(Environment):
         if reply is None:
             return Step(stop="user_done")
         said = self.stop_phrase is not None and self.stop_phrase in reply
-        return Step(
-            [Message(reply, MessageType.MESSAGE)], stop="user_done" if said else None
-        )
+        return Step([Message(reply, MessageType.MESSAGE)], stop="user_done" if said else None)
 
     async def finish(self, rollout: Rollout) -> None:
         await self.user.finish(rollout)

@@ -55,6 +55,12 @@ class ToolEnvironment(Environment):
     def tool_schemas(self) -> Sequence[ToolSchema]:
         return self._schemas
 
+    def opening(self, task: Task) -> Sequence[Message]:
+        if not self.describe_tools or self.renderer.tool_format is None:
+            return task.prompt
+        about = self.renderer.tool_format.describe(self._schemas)
+        return _with_system(task.prompt, about) if about else task.prompt
+
     async def reset(self, task: Task) -> Sequence[Message]:
         self._runner = ToolRunner(
             self.tools,
@@ -62,10 +68,7 @@ class ToolEnvironment(Environment):
             retries=self.retries,
             max_output_chars=self.max_output_chars,
         )
-        if not self.describe_tools or self.renderer.tool_format is None:
-            return task.prompt
-        about = self.renderer.tool_format.describe(self._schemas)
-        return _with_system(task.prompt, about)
+        return self.opening(task)
 
     async def step(self, rollout: Rollout, message: Message) -> Step:
         if not message.tool_calls:
@@ -77,9 +80,7 @@ class ToolEnvironment(Environment):
             rollout.metrics["seconds/tools"] = (
                 rollout.metrics.get("seconds/tools", 0.0) + result.wall_s
             )
-        return Step(
-            [self.renderer.tool_message(r.text, r.call.name, r.call.id) for r in results]
-        )
+        return Step([self.renderer.tool_message(r.text, r.call.name, r.call.id) for r in results])
 
     async def finish(self, rollout: Rollout) -> None:
         if self._runner is not None:

@@ -24,7 +24,7 @@ class Batch:
     mask: Tensor
     """bool, where a token trains."""
     weights: Tensor
-    """float64, zero outside the mask; over the global batch the rows of one aggregation sum to 1."""
+    """float64, zero outside the mask; over all the samples given they sum to 1."""
     advantages: Tensor
     behavior_logprobs: Tensor
     old_logprobs: Tensor
@@ -40,12 +40,14 @@ def micro_batches(
 ) -> Iterator[tuple[list[int], Batch]]:
     """Batches of at most `token_budget` padded tokens, each with the indices of its samples.
 
-    Weights come from all `samples` together, so the cut does not change the gradient. Samples are
+    Weights come from all `samples` together, so the cut does not change the gradient. Samples that
+    have none (no trained token, or advantages of zero throughout) are not run. The others are
     sorted by length; one that is longer than the budget gets a batch of its own.
     """
     counts = [sum(sample.loss_mask) for sample in samples]
     weights = token_weights(counts, [s.rollout_id for s in samples], aggregation)
-    order = sorted((i for i in range(len(samples)) if counts[i]), key=lambda i: -len(samples[i]))
+    running = [i for i, sample in enumerate(samples) if counts[i] and _has_gradient(sample)]
+    order = sorted(running, key=lambda i: -len(samples[i]))
     start = 0
     while start < len(order):
         width = len(samples[order[start]])
@@ -53,6 +55,10 @@ def micro_batches(
         chosen = order[start : start + rows]
         yield chosen, _collate([samples[i] for i in chosen], [weights[i] for i in chosen], device)
         start += rows
+
+
+def _has_gradient(sample: Sample) -> bool:
+    return sample.objective != "policy" or sample.advantages is None or any(sample.advantages)
 
 
 def _collate(samples: Sequence[Sample], weights: Sequence[float], device: torch.device) -> Batch:

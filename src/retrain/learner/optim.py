@@ -48,7 +48,8 @@ def make_optimizers(
 ) -> list[torch.optim.Optimizer]:
     """AdamW on everything; or Muon on the matrices inside the layers and AdamW on the rest.
 
-    Muon is scaled to match AdamW's update size, so one learning rate serves both. Embeddings, heads, norms and biases stay with AdamW; only matrices decay.
+    Muon is scaled to match AdamW's update size, so one learning rate serves both. Embeddings,
+    heads, norms and biases stay with AdamW; norms and biases do not decay.
     """
     matrices: list[Tensor] = []
     tables: list[Tensor] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -51,6 +52,9 @@ class TorchLearner:
         self.learning_rate = learning_rate
         self.schedule = schedule or Schedule()
         self.updates = 0
+        self._checkpointing = any(
+            getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        )
         self.optimizers = make_optimizers(
             model.named_parameters(),
             name=optimizer,
@@ -82,6 +86,7 @@ class TorchLearner:
         """
         totals: dict[str, float] = {"loss": 0.0, "tokens": 0.0}
         gap_max, gap_sum = 0.0, 0.0
+        self._set_mode()
         for chosen, batch in self._micro_batches(samples, aggregation):
             logprobs = self._logprobs(batch)
             per_token, counts = per_token_loss(logprobs, batch)
@@ -107,9 +112,9 @@ class TorchLearner:
     def optim_step(self) -> dict[str, float]:
         """Clip, step, clear. Returns the gradient's norm before clipping and the learning rate."""
         parameters = [p for group in self._groups() for p in group["params"]]
-        limit = float("inf") if self.max_grad_norm is None else self.max_grad_norm
+        limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
-        if norm != norm or norm == float("inf"):
+        if not math.isfinite(norm):
             raise UserError(
                 f"the gradient norm is {norm} after {self.updates} updates",
                 "Lower the learning rate.",
@@ -125,12 +130,17 @@ class TorchLearner:
 
     @torch.no_grad()
     def attach_old_logprobs(self, samples: Sequence[Sample]) -> None:
-        """Keep the learner's own log-probabilities on each sample, for the ratio of later updates."""
+        """Keep the learner's log-probabilities on each sample, for the ratio of later updates."""
+        self._set_mode()
         for chosen, batch in self._micro_batches(samples, "token_mean"):
             rows = self._logprobs(batch).double().cpu()
             for row, index in enumerate(chosen):
                 length = len(samples[index])
                 samples[index].old_logprobs = array("d", rows[row, :length].tolist())
+
+    def _set_mode(self) -> None:
+        """Training mode is what switches gradient checkpointing on; nothing else needs it."""
+        self.model.train(self._checkpointing)
 
     def _micro_batches(
         self, samples: Sequence[Sample], aggregation: Aggregation

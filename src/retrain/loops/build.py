@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
+from retrain.config.algorithm import Optimization
 from retrain.config.environment import (
     DialogueConfig,
-    FencedFormat as FencedFormatConfig,
-    ModelUser as ModelUserConfig,
     PythonEnvironmentConfig,
-    ScriptedUser as ScriptedUserConfig,
     TagsFormat,
     ToolEnvironmentConfig,
 )
-from retrain.config.algorithm import Optimization
+from retrain.config.environment import (
+    FencedFormat as FencedFormatConfig,
+)
+from retrain.config.environment import (
+    ModelUser as ModelUserConfig,
+)
+from retrain.config.environment import (
+    ScriptedUser as ScriptedUserConfig,
+)
+from retrain.config.model import ModelConfig
 from retrain.config.rewards import RewardConfig, RewardSetup, RolloutRewardConfig
 from retrain.config.root import TrainingConfig
 from retrain.engines import SamplingParams
@@ -28,6 +37,7 @@ from retrain.envs import (
 from retrain.importing import import_object
 from retrain.learner import Schedule, TorchLearner
 from retrain.models import Policy, load_policy
+from retrain.models.forward import architecture_setting
 from retrain.rendering import (
     Codec,
     FencedFormat,
@@ -38,20 +48,46 @@ from retrain.rendering import (
     ToolFormat,
     make_template,
 )
-from retrain.rewards import RewardCalculator, RewardSpec, resolve_reward, resolve_verifier
-from retrain.rewards.spec import RewardKind
+from retrain.rewards import (
+    DistributionStrategy,
+    RewardCalculator,
+    RewardKind,
+    RewardSpec,
+    resolve_reward,
+    resolve_verifier,
+)
 from retrain.rollout import ModelUser
 from retrain.sandbox import Sandbox, make_sandbox
 from retrain.tools import Tool, resolve_tool
 from retrain.types import UserError
 
 
+@dataclass(frozen=True)
+class UserModel:
+    """A model that plays users. It never trains."""
+
+    engine: TorchEngine
+    renderer: Renderer
+
+
 def build_engine(config: TrainingConfig, policy: Policy) -> TorchEngine:
+    """The engine that samples from the policy.
+
+    Raises:
+        UserError: a context limit that the model does not have.
+    """
+    limit = config.engine.context_limit
+    most = architecture_setting(policy.model, "max_position_embeddings")
+    if limit is not None and most is not None and limit > most:
+        raise UserError(
+            f"engine.context_limit is {limit}; the model's own limit is {most}",
+            "Lower it, or leave it out.",
+        )
     return TorchEngine(
         policy.model,
         tokenizer=policy.tokenizer,
         max_slots=config.engine.max_slots,
-        context_limit=config.engine.context_limit,
+        context_limit=limit,
     )
 
 
@@ -108,9 +144,14 @@ def build_tools(config: TrainingConfig, sandbox: Sandbox) -> list[Tool]:
 
 
 def build_environment(
-    config: TrainingConfig, renderer: Renderer, sandbox: Sandbox, *, tools_enabled: bool = True
+    config: TrainingConfig,
+    renderer: Renderer,
+    sandbox: Sandbox,
+    *,
+    tools_enabled: bool = True,
+    user_models: dict[str, UserModel] | None = None,
 ) -> Environment:
-    """The environment; a dialogue's model user is loaded here.
+    """The environment; a dialogue's model user is loaded here, unless `user_models` has it.
 
     Raises:
         UserError: a tool, environment or model that cannot be found or does not fit.
@@ -129,7 +170,7 @@ def build_environment(
         )
     if isinstance(section, DialogueConfig):
         return DialogueEnvironment(
-            _build_user(section, config),
+            _build_user(section, config, {} if user_models is None else user_models),
             max_turns=section.max_turns,
             stop_phrase=section.stop_phrase,
         )
@@ -138,23 +179,33 @@ def build_environment(
     return Environment()
 
 
-def _build_user(section: DialogueConfig, config: TrainingConfig) -> SimulatedUser:
+def _build_user(
+    section: DialogueConfig, config: TrainingConfig, loaded: dict[str, UserModel]
+) -> SimulatedUser:
     user = section.user
     if isinstance(user, ScriptedUserConfig):
         return ScriptedUser(user.replies, user.replies_column)
     assert isinstance(user, ModelUserConfig)
-    policy = load_policy(user.model, seed=config.seed)
-    policy.model.requires_grad_(False)
-    template = make_template(policy.tokenizer)
+    key = user.model.model_dump_json()
+    if key not in loaded:
+        loaded[key] = _load_user(user.model, config)
     return ModelUser(
-        TorchEngine(
-            policy.model, tokenizer=policy.tokenizer, max_slots=config.engine.max_slots
-        ),
-        Renderer(Codec(policy.tokenizer, _model_stop_tokens(policy)), template),
+        loaded[key].engine,
+        loaded[key].renderer,
         system_prompt=user.system_prompt,
         params=SamplingParams(user.max_new_tokens, user.temperature),
         run_seed=config.seed,
     )
+
+
+def _load_user(model: ModelConfig, config: TrainingConfig) -> UserModel:
+    policy = load_policy(model, seed=config.seed)
+    policy.model.requires_grad_(False)
+    engine = TorchEngine(
+        policy.model, tokenizer=policy.tokenizer, max_slots=config.engine.max_slots
+    )
+    codec = Codec(policy.tokenizer, _model_stop_tokens(policy))
+    return UserModel(engine, Renderer(codec, make_template(policy.tokenizer)))
 
 
 def _import_environment(section: PythonEnvironmentConfig) -> Environment:
@@ -167,7 +218,10 @@ def _import_environment(section: PythonEnvironmentConfig) -> Environment:
     try:
         return kind(**section.params)
     except TypeError as error:
-        raise UserError(f"environment.params do not fit {section.path}: {error}") from error
+        raise UserError(
+            f"environment.params do not fit {section.path}: {error}",
+            f"Its parameters: {inspect.signature(kind)}.",
+        ) from error
 
 
 def build_calculator(setup: RewardSetup) -> RewardCalculator:
@@ -191,7 +245,7 @@ def build_calculator(setup: RewardSetup) -> RewardCalculator:
 
 
 def _spec(key: str, config: RewardConfig, kind: RewardKind) -> RewardSpec:
-    strategy = "last_step"
+    strategy: DistributionStrategy = "last_step"
     if isinstance(config, RolloutRewardConfig):
         strategy = config.distribution_strategy
     return RewardSpec(
@@ -202,7 +256,7 @@ def _spec(key: str, config: RewardConfig, kind: RewardKind) -> RewardSpec:
         params=config.params,
         verifiers=tuple((name, resolve_verifier(name)) for name in config.verifiers),
         verifier_penalty=config.verifier_penalty,
-        distribution_strategy=strategy,  # type: ignore[arg-type]
+        distribution_strategy=strategy,
     )
 
 

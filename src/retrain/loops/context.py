@@ -10,6 +10,7 @@ from retrain.config.root import TrainingConfig
 from retrain.data import TaskSource
 from retrain.data.sources import TaskStream
 from retrain.engines.torch_engine import TorchEngine
+from retrain.loops.build import UserModel
 from retrain.models import Policy, save_policy
 from retrain.rollout import Sampler
 from retrain.sandbox import Sandbox
@@ -31,6 +32,8 @@ class RunContext:
     policy: Policy
     engine: TorchEngine
     sandbox: Sandbox
+    user_models: dict[str, UserModel] = field(default_factory=dict)
+    """Models that play users, loaded once however many stages and modes use them."""
     version: int = 0
     """Optimizer updates so far, over all stages."""
     results: list[EvaluationResult] = field(default_factory=list)
@@ -65,9 +68,7 @@ class RunContext:
         """Save the policy as checkpoints/<stage>, or checkpoints/<stage>-<step> on the way."""
         directory = self.run.directory("checkpoints")
         name = stage if step is None else f"{stage}-{step:06d}"
-        saved = save_policy(
-            self.policy, directory / name, merge_lora=config.checkpoint.merge_lora
-        )
+        saved = save_policy(self.policy, directory / name, merge_lora=config.checkpoint.merge_lora)
         self.checkpoint = str(saved)
         if step is not None:
             self._drop_old(stage, config.checkpoint.keep_last)
@@ -93,7 +94,7 @@ def check_prompts_fit(tasks: TaskSource, sampler: Sampler, place: str) -> None:
     limit = sampler.engine.context_limit
     for task in longest:
         rollout = Rollout(task=task)
-        rollout.add_messages(*task.prompt)
+        rollout.add_messages(*sampler.environment.opening(task))
         schemas = sampler.environment.tool_schemas
         tokens = len(sampler.renderer.prompt(rollout, schemas).token_ids)
         if tokens >= limit:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from retrain.config.environment import ToolEnvironmentConfig
 from retrain.config.root import TrainingConfig
 from retrain.config.stages import EvaluationConfig, EvaluationMode
 from retrain.data import TaskSource, load_tasks
@@ -54,6 +55,7 @@ class EvalStage:
                 f"evaluation.success_reward: there is no reward {settings.success_reward!r}",
                 f"Rewards: {', '.join(names) or 'none'}.",
             )
+        _check_modes(settings.modes, config)
         tasks = load_tasks(settings.prompt_source, seed=config.seed)
         renderer = build_renderer(config, context.policy)
         limit = settings.max_new_tokens or config.algorithm.hyperparameters.max_new_tokens
@@ -62,7 +64,11 @@ class EvalStage:
                 mode,
                 Sampler(
                     environment=build_environment(
-                        config, renderer, context.sandbox, tools_enabled=mode.tools
+                        config,
+                        renderer,
+                        context.sandbox,
+                        tools_enabled=mode.tools,
+                        user_models=context.user_models,
                     ),
                     engine=context.engine,
                     renderer=renderer,
@@ -74,6 +80,10 @@ class EvalStage:
         ]
         check_prompts_fit(tasks, samplers[0][1], "evaluation.prompt_source")
         return cls(name, config, settings, tasks, calculator, samplers)
+
+    async def close(self) -> None:
+        for _, sampler in self.samplers:
+            await sampler.environment.close()
 
     async def execute(self, context: RunContext) -> None:
         context.progress.stage(self.name, total=len(self.samplers), kind="eval")
@@ -93,6 +103,8 @@ class EvalStage:
             result = self._result(stage, mode, rollouts)
             results.append(result)
             metrics |= _metrics(result, self.settings.group_by)
+            masked = sum(rollout.error is not None for rollout in rollouts)
+            metrics[f"eval/{mode.name}/masked"] = float(masked)
             metrics[f"eval/{mode.name}/seconds"] = time.perf_counter() - started
             if self.config.tracking.rollouts:
                 context.run.write_rollouts(f"{stage}-{_file_name(mode.name)}", step, rollouts)
@@ -139,6 +151,18 @@ class EvalStage:
         for index, rollout in enumerate(rollouts[: self.config.tracking.transcripts]):
             name = f"transcripts/{stage}-{_file_name(mode.name)}-{index + 1}.txt"
             context.run.write_text(name, transcript(rollout))
+
+
+def _check_modes(modes: Sequence[EvaluationMode], config: TrainingConfig) -> None:
+    environment = config.environment
+    has_tools = isinstance(environment, ToolEnvironmentConfig) and bool(environment.tools)
+    for mode in modes:
+        if not mode.tools and not has_tools:
+            raise UserError(
+                f"evaluation.modes: {mode.name!r} has tools: false, "
+                "but the environment has no tools to switch off",
+                "Remove the key, or list tools under environment.tools.",
+            )
 
 
 def _group_value(rollout: Rollout, column: str | None) -> str | None:

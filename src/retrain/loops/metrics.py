@@ -15,7 +15,7 @@ def rollout_metrics(
     advantages: Mapping[str, float],
     evaluation: EvaluationConfig | None,
 ) -> dict[str, float]:
-    """Means over the kept rollouts; counts of masked rollouts, forks and groups that teach nothing."""
+    """Means over the kept rollouts; counts of masked ones, forks and groups that teach nothing."""
     rollouts = [rollout for group in groups for rollout in group]
     kept = [rollout for rollout in rollouts if rollout.error is None]
     metrics = {
@@ -66,6 +66,15 @@ def learner_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     return {
         "logprob_gap/max": totals["gap_max"],
         "logprob_gap/mean": totals["gap_mean"],
-        "ratio/mean": totals["ratio"] / max(totals["tokens"], 1.0),
         "tokens/trained": totals["tokens"],
+    }
+
+
+def update_metrics(totals: Mapping[str, float]) -> dict[str, float]:
+    """Of one update: its loss, and over the trained tokens the mean ratio and the clipped share."""
+    tokens = max(totals["tokens"], 1.0)
+    return {
+        "loss": totals["loss"],
+        "ratio/mean": totals.get("ratio", 0.0) / tokens,
+        "clip_fraction": totals.get("clipped", 0.0) / tokens,
     }

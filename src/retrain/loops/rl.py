@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,12 @@ from retrain.loops.build import (
 )
 from retrain.loops.context import RunContext, check_prompts_fit
 from retrain.loops.evaluate import EvalStage
-from retrain.loops.metrics import learner_metrics, rollout_metrics
+from retrain.loops.metrics import learner_metrics, rollout_metrics, update_metrics
 from retrain.rewards import RewardCalculator
 from retrain.rollout import Sampler, to_samples
-from retrain.types import Rollout, Sample, Task
+from retrain.types import Rollout, Sample, Task, UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ class RLStage:
         tasks = load_tasks(config.prompt_source, seed=config.seed)
         renderer = build_renderer(config, context.policy)
         sampler = Sampler(
-            environment=build_environment(config, renderer, context.sandbox),
+            environment=build_environment(
+                config, renderer, context.sandbox, user_models=context.user_models
+            ),
             engine=context.engine,
             renderer=renderer,
             params=SamplingParams(settings.max_new_tokens, settings.temperature),
@@ -87,6 +92,7 @@ class RLStage:
                 batch, self.settings.group_size, self.calculator.score
             )
             generated = time.perf_counter()
+            _warn_of_masked(groups, self.name, step)
 
             advantages = group_advantages(groups, normalize_std=self.settings.normalize_std)
             samples = training_samples(groups, advantages)
@@ -98,9 +104,14 @@ class RLStage:
 
             await self._write_down(step, groups, advantages, context)
         context.save_checkpoint(self.name, self.config)
+
+    async def close(self) -> None:
         await self.sampler.environment.close()
+        if self.evaluation is not None:
+            await self.evaluation.close()
 
     async def _update(self, samples: Sequence[Sample], context: RunContext) -> dict[str, float]:
+        """The batch's updates; what changes from one to the next is reported of the last."""
         settings = self.settings
         if settings.updates_per_step > 1:
             self.learner.attach_old_logprobs(samples)
@@ -111,9 +122,7 @@ class RLStage:
             stepped = self.learner.optim_step()
             if update == 0:
                 metrics = learner_metrics(totals)
-            metrics |= stepped
-            metrics["loss"] = totals["loss"]
-            metrics["clip_fraction"] = totals["clipped"] / totals["tokens"]
+            metrics |= update_metrics(totals) | stepped
             await context.weights_changed()
         return metrics
 
@@ -131,19 +140,32 @@ class RLStage:
         every = self.config.checkpoint.every_steps
         if every is not None and step % every == 0 and not last:
             context.save_checkpoint(self.name, self.config, step)
-        if self.evaluation is not None and self.evaluation.settings.every_steps is not None:
-            if step % self.evaluation.settings.every_steps == 0:
-                await self.evaluation.evaluate(
-                    context, self.evaluation.name, step=step, report=False
-                )
+        evaluation = self.evaluation
+        every = None if evaluation is None else evaluation.settings.every_steps
+        if evaluation is not None and every is not None and step % every == 0:
+            await evaluation.evaluate(context, evaluation.name, step=step, report=False)
+
+
+def _warn_of_masked(groups: Sequence[Sequence[Rollout]], stage: str, step: int) -> None:
+    errors = [r.error for group in groups for r in group if r.error is not None]
+    if errors:
+        total = sum(map(len, groups))
+        logger.warning(
+            "%s step %d: %d of %d rollouts are masked; the first: %s",
+            *(stage, step, len(errors), total, errors[0]),
+        )
 
 
 def endless(source: TaskSource) -> Iterator[tuple[int, Task]]:
     """(epoch, task) without end, epoch after epoch."""
     epoch = 0
     while True:
+        before = epoch
         for task in source.epoch(epoch):
             yield epoch, task
+            before = epoch + 1
+        if before == epoch:
+            raise UserError(f"prompt_source: there is no task in epoch {epoch}")
         epoch += 1
 
 
@@ -165,15 +187,18 @@ def group_advantages(
 def training_samples(
     groups: Sequence[Sequence[Rollout]], advantages: dict[str, float]
 ) -> list[Sample]:
-    """The samples of every rollout whose advantage is not zero: the others have no gradient."""
+    """The samples of every group that teaches something.
+
+    A group whose advantages are all zero is left out, its tokens uncounted, as in DAPO's dynamic
+    sampling. In the others a rollout whose advantage happens to be zero counts in the means.
+    """
     samples: list[Sample] = []
     for group in groups:
+        if not any(advantages.get(rollout.id, 0.0) for rollout in group):
+            continue
         for rollout in group:
-            advantage = advantages.get(rollout.id, 0.0)
-            if advantage == 0.0:
-                continue
             for sample in to_samples(rollout):
-                sample.advantages = array("d", [advantage]) * len(sample)
+                sample.advantages = array("d", [advantages[rollout.id]]) * len(sample)
                 samples.append(sample)
     return samples
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from retrain.tracking.progress import Progress
 from retrain.tracking.report import EvaluationResult, print_results, results_table
 from retrain.tracking.run_dir import RunDirectory
 
-STAGES = {"sft": SFTStage, "rl": RLStage, "eval": EvalStage}
+Stage = SFTStage | RLStage | EvalStage
+
+STAGES: dict[StageKind, type[SFTStage] | type[RLStage] | type[EvalStage]] = {
+    "sft": SFTStage,
+    "rl": RLStage,
+    "eval": EvalStage,
+}
 
 
 @dataclass(frozen=True)
@@ -56,9 +63,14 @@ async def run(
     checked = load_config(config, overrides, only=only)
     stages = resolve_stages(checked, only=only)
     policy = load_policy(checked.model, seed=checked.seed)
-    context = RunContext(policy, build_engine(checked, policy), build_sandbox(checked))
-    try:
-        prepared = [STAGES[kind].prepare(name, c, context) for name, kind, c in stages]
+    async with AsyncExitStack() as closing:
+        context = RunContext(policy, build_engine(checked, policy), build_sandbox(checked))
+        closing.push_async_callback(context.sandbox.close)
+        closing.push_async_callback(context.engine.close)
+        prepared: list[Stage] = []
+        for name, kind, stage_config in stages:
+            prepared.append(STAGES[kind].prepare(name, stage_config, context))
+            closing.push_async_callback(prepared[-1].close)
         directory = RunDirectory.create(checked.output_dir, checked.experiment_name)
         directory.write_text("config.yaml", dump_yaml(checked))
         with Progress(checked.tracking.progress) as progress:
@@ -67,9 +79,6 @@ async def run(
             for stage in prepared:
                 await stage.execute(context)
         _write_results(checked, context)
-    finally:
-        await context.engine.close()
-        await context.sandbox.close()
     return RunResult(
         path=directory.path,
         status="completed",

@@ -8,9 +8,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from retrain.config.load import load_config
 from retrain.config.root import TrainingConfig
 from retrain.config.stages import SFTConfig
 from retrain.data import Trace, load_traces
@@ -21,6 +20,9 @@ from retrain.rendering import Renderer, ToolSchema
 from retrain.rollout import to_samples
 from retrain.tools import tool_schema
 from retrain.types import Rollout, Sample, UserError
+
+if TYPE_CHECKING:
+    from retrain.loops.run import RunResult
 
 logger = logging.getLogger(__name__)
 
@@ -49,9 +51,7 @@ class SFTStage:
         tools = [tool_schema(tool) for tool in build_tools(config, context.sandbox)]
         traces = load_traces(settings.dataset, params=settings.params)
         _check_fit(traces, renderer, tools, context.engine.context_limit)
-        steps = settings.steps or max(
-            1, settings.epochs * len(traces) // settings.batch_size
-        )
+        steps = settings.steps or max(1, settings.epochs * len(traces) // settings.batch_size)
         learner = build_learner(settings, context.policy, total_updates=steps)
         return cls(name, config, settings, traces, renderer, learner, steps, tools)
 
@@ -70,15 +70,20 @@ class SFTStage:
             metrics["tokens"] = totals["tokens"]
             metrics["tokens_per_s"] = sum(map(len, samples)) / seconds
             context.log(self.name, step, metrics)
-            if every is not None and step % every == 0:
+            if every is not None and step % every == 0 and step < self.steps:
                 context.save_checkpoint(self.name, self.config, step)
         context.save_checkpoint(self.name, self.config)
+
+    async def close(self) -> None:
+        return None
 
     def _batches(self, limit: int, seed: int) -> Iterator[list[Sample]]:
         batch: list[Sample] = []
         taken = 0
         for trace in self._trace_order(seed):
-            samples = [s for s in trace_samples(trace, self.renderer, self.tools) if len(s) <= limit]
+            samples = [
+                s for s in trace_samples(trace, self.renderer, self.tools) if len(s) <= limit
+            ]
             if not samples:
                 continue
             batch += samples
@@ -133,7 +138,7 @@ class SFTTrainer:
     def __init__(self, config: Mapping[str, Any] | TrainingConfig) -> None:
         self._config = config
 
-    def train(self, dataset: str | Path | None = None) -> Any:
+    def train(self, dataset: str | Path | None = None) -> RunResult:
         """Train on `dataset`, or on the config's own.
 
         Raises:
@@ -148,4 +153,4 @@ class SFTTrainer:
         )
         if dataset is not None:
             data["sft"] = {**(data.get("sft") or {}), "dataset": str(dataset)}
-        return run_sync(load_config(data), only="sft")
+        return run_sync(data, only="sft")

@@ -134,7 +134,8 @@ def selected_logprobs(
     *,
     logits_per_chunk: int = LOGITS_PER_CHUNK,
 ) -> Tensor:
-    """log p(token t | tokens before t) [B, T] fp32 at masked positions, 0 elsewhere.
+    """log p(token t | tokens before t) [B, T] at masked positions, 0 elsewhere; in fp32, or in
+    float64 for a float64 model.
 
     `input_ids` [B, T] are right-padded to `lengths` [B]; `mask` [B, T] is bool. Logits are
     divided by `temperature` (0 counts as 1). Column t speaks of token t: the shift by one
@@ -160,7 +161,8 @@ def selected_logprobs(
         picked = _token_logprobs(
             full_logits(model, trimmed)[rows, chosen - 1], targets, temperature
         )
-    return torch.zeros(mask.shape, device=picked.device).index_put((rows, chosen), picked)
+    zeros = torch.zeros(mask.shape, dtype=picked.dtype, device=picked.device)
+    return zeros.index_put((rows, chosen), picked)
 
 
 def _chunked_logprobs(
@@ -181,6 +183,7 @@ def _chunked_logprobs(
 
 
 def _token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    scaled = logits.float() if temperature in (0.0, 1.0) else logits.float() / temperature
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    scaled = wide if temperature in (0.0, 1.0) else wide / temperature
     chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
     return chosen - scaled.logsumexp(-1)

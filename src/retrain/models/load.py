@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from retrain.config.model import FromScratch, LoraConfig, ModelConfig
-from retrain.importing import import_object
+from retrain.config.model import FromScratch, LoraConfig, ModelConfig, TokenizerFromScratch
+from retrain.importing import import_object, suggest
 from retrain.models.tokenizer import train_tokenizer
 from retrain.types import UserError
 
@@ -23,11 +23,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Policy:
-    """A causal LM and its tokenizer. `base` is where the weights below an adapter came from."""
+    """A causal LM and its tokenizer."""
 
     model: nn.Module
     tokenizer: Any
     base: str | None = None
+    """Where the weights below a new adapter can be loaded from; None when no place holds them."""
 
 
 def load_policy(config: ModelConfig, *, seed: int = 0) -> Policy:
@@ -50,9 +51,41 @@ def load_policy(config: ModelConfig, *, seed: int = 0) -> Policy:
     _switch_off_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.enable_input_require_grads()
     model.to(_device(config.device))
-    return Policy(model, tokenizer, config.name_or_path)
+    return Policy(model, tokenizer, _base(config))
+
+
+def _base(config: ModelConfig) -> str | None:
+    """None from scratch, and over an adapter: that one was merged, so no place holds the sum."""
+    name = config.name_or_path
+    return None if name is None or _is_adapter(_local(name)) else name
+
+
+def _local(name: str) -> Path:
+    return Path(name).expanduser()
+
+
+def _is_adapter(directory: Path) -> bool:
+    return (directory / "adapter_config.json").is_file()
+
+
+def check_origin(config: ModelConfig) -> str:
+    """Where the policy will come from, checked as far as that goes without loading weights.
+
+    Raises:
+        UserError: a directory without a model or a tokenizer, or a corpus that does not import.
+    """
+    _device(config.device)
+    adapted = "" if config.peft is None else f", LoRA of rank {config.peft.r}"
+    if config.from_scratch is not None:
+        import_object(config.from_scratch.tokenizer.corpus, "corpus function")
+        return f"{config.from_scratch.model_type} from scratch{adapted}"
+    name = str(config.name_or_path)
+    _check_unsloth(config)
+    if not _is_local(name):
+        return f"{name} from the hub, fetched by the run unless it is cached{adapted}"
+    _check_directory(name)
+    return f"{name}{adapted}"
 
 
 def _device(name: str) -> torch.device:
@@ -81,16 +114,19 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _from_scratch(spec: FromScratch, dtype: torch.dtype | str, seed: int) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    corpus = import_object(spec.tokenizer.corpus, "corpus function")
-    if not callable(corpus):
-        raise UserError(f"model.from_scratch.tokenizer.corpus: {spec.tokenizer.corpus} is no function")
     tokenizer = train_tokenizer(
-        corpus(**spec.tokenizer.params),
+        _corpus(spec.tokenizer),
         vocab_size=spec.tokenizer.vocab_size,
         special_tokens=spec.tokenizer.special_tokens,
     )
+    if spec.config.get("vocab_size", len(tokenizer)) < len(tokenizer):
+        raise UserError(
+            f"model.from_scratch.config: vocab_size is {spec.config['vocab_size']}; "
+            f"the tokenizer has {len(tokenizer)} entries",
+            "Leave it out: it is then the tokenizer's.",
+        )
     settings = {
         "vocab_size": len(tokenizer),
         "eos_token_id": tokenizer.eos_token_id,
@@ -99,10 +135,10 @@ def _from_scratch(spec: FromScratch, dtype: torch.dtype | str, seed: int) -> tup
         **spec.config,
     }
     try:
+        _refuse_unknown(spec, AutoConfig.for_model(spec.model_type))
         with _seeded(seed):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.for_model(spec.model_type, **settings)
-            )
+            architecture = AutoConfig.for_model(spec.model_type, **settings)
+            model = AutoModelForCausalLM.from_config(architecture)  # type: ignore[no-untyped-call]
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise UserError(
             f"model.from_scratch: no {spec.model_type!r} model with this config: {error}",
@@ -111,18 +147,38 @@ def _from_scratch(spec: FromScratch, dtype: torch.dtype | str, seed: int) -> tup
     return (model if dtype == "auto" else model.to(dtype)), tokenizer
 
 
+def _corpus(spec: TokenizerFromScratch) -> list[str]:
+    place = f"model.from_scratch.tokenizer.corpus: {spec.corpus}"
+    corpus = import_object(spec.corpus, "corpus function")
+    if not callable(corpus):
+        raise UserError(f"{place} is no function")
+    try:
+        texts = list(corpus(**spec.params))
+    except Exception as error:
+        raise UserError(f"{place} raised {type(error).__name__}: {error}") from error
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{place} must return strings, and at least one")
+    return texts
+
+
+def _refuse_unknown(spec: FromScratch, default: Any) -> None:
+    """transformers keeps keys that no architecture reads; here each must be one of the type's."""
+    for key in spec.config:
+        if not hasattr(default, key):
+            raise UserError(
+                f"model.from_scratch.config: {spec.model_type} has no setting {key!r}",
+                suggest(key, default.to_dict(), "its settings"),
+            )
+
+
 def _from_pretrained(config: ModelConfig) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: PLC0415
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = str(config.name_or_path)
-    adapter = Path(name, "adapter_config.json").is_file()
-    if Path(name).is_dir() and not adapter and not Path(name, "config.json").is_file():
-        raise UserError(
-            f"model directory {name} has no config.json",
-            "Give a directory in Hugging Face format, a run's checkpoints/<name> for example.",
-        )
-    if not Path(name).exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise UserError(f"model directory {name} does not exist", "Check model.name_or_path.")
+    if _is_local(name):
+        _check_directory(name)
+        name = str(_local(name).resolve())  # an adapter's own config will name its base by this
+    adapter = _is_adapter(Path(name))
     remote = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **remote)
@@ -138,7 +194,7 @@ def _from_pretrained(config: ModelConfig) -> tuple[Any, Any]:
         arguments["attn_implementation"] = config.attn_implementation
     try:
         if adapter:
-            from peft import AutoPeftModelForCausalLM  # noqa: PLC0415
+            from peft import AutoPeftModelForCausalLM
 
             return AutoPeftModelForCausalLM.from_pretrained(
                 name, **arguments
@@ -146,6 +202,27 @@ def _from_pretrained(config: ModelConfig) -> tuple[Any, Any]:
         return AutoModelForCausalLM.from_pretrained(name, **arguments), tokenizer
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise _not_found(name, error) from error
+
+
+def _is_local(name: str) -> bool:
+    """A path, rather than a hub id: `organisation/name` is one only if it is not a directory."""
+    return _local(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+def _check_directory(name: str) -> None:
+    directory = _local(name)
+    if not directory.is_dir():
+        raise UserError(f"model directory {name} does not exist", "Check model.name_or_path.")
+    if not any((directory / f).is_file() for f in ("config.json", "adapter_config.json")):
+        raise UserError(
+            f"model directory {name} has no config.json",
+            "Give a directory in Hugging Face format, a run's checkpoints/<name> for example.",
+        )
+    if not any(any(directory.glob(names)) for names in ("tokenizer*", "vocab*", "*.model")):
+        raise UserError(
+            f"model directory {name} has no tokenizer",
+            "Save one beside the weights with tokenizer.save_pretrained.",
+        )
 
 
 def _not_found(name: str, error: Exception) -> UserError:
@@ -159,13 +236,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _from_unsloth(config: ModelConfig) -> tuple[Any, Any]:
-    if importlib.util.find_spec("unsloth") is None:
+def _check_unsloth(config: ModelConfig) -> None:
+    if config.loader == "unsloth" and importlib.util.find_spec("unsloth") is None:
         raise UserError(
             "model.loader is unsloth, which is not installed",
             "pip install unsloth, or set model.loader: huggingface.",
         )
-    from unsloth import FastLanguageModel  # noqa: PLC0415
+
+
+def _from_unsloth(config: ModelConfig) -> tuple[Any, Any]:
+    _check_unsloth(config)
+    from unsloth import FastLanguageModel
 
     model, tokenizer = FastLanguageModel.from_pretrained(
         model_name=config.name_or_path,
@@ -178,8 +259,8 @@ def _from_unsloth(config: ModelConfig) -> tuple[Any, Any]:
 
 
 def _add_lora(model: nn.Module, lora: LoraConfig, seed: int) -> Any:
-    from peft import LoraConfig as PeftLoraConfig  # noqa: PLC0415
-    from peft import get_peft_model  # noqa: PLC0415
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import get_peft_model
 
     settings = PeftLoraConfig(
         r=lora.r,
@@ -190,7 +271,7 @@ def _add_lora(model: nn.Module, lora: LoraConfig, seed: int) -> Any:
     )
     try:
         with _seeded(seed):
-            return get_peft_model(model, settings)  # type: ignore[arg-type]
+            return get_peft_model(model, settings)
     except ValueError as error:
         names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if _is_linear(m)})
         raise UserError(

@@ -1,7 +1,8 @@
 """Messages to tokens, tokens to messages."""
 
 from retrain.rendering.formats import FencedFormat, NativeFormat, TagFormat, ToolFormat
-from retrain.rendering.renderer import Renderer, make_template, prompt_token_ids
+from retrain.rendering.ledger import prompt_token_ids
+from retrain.rendering.renderer import Renderer, make_template
 from retrain.rendering.templates import ChatTemplate, PlainTemplate, Template, ToolSchema
 from retrain.rendering.tokens import Codec
 
@@ -12,8 +13,8 @@ __all__ = [
     "NativeFormat",
     "PlainTemplate",
     "Renderer",
-    "Template",
     "TagFormat",
+    "Template",
     "ToolFormat",
     "ToolSchema",
     "make_template",

@@ -90,15 +90,18 @@ class TagFormat:
 
 
 class FencedFormat:
-    """Calls as fenced code blocks of one language, results as blocks of another."""
+    """Calls as fenced code blocks of one language, results as blocks of another.
+
+    A block is closed by a fence alone on its line, so a fence inside a string is code.
+    """
 
     inline = True
 
     def __init__(self, language: str = "python", output: str = "output") -> None:
         self.language = language
         self.output = output
-        self._block = re.compile(rf"```{re.escape(language)}[ \t]*\n(.*?)\n?```", re.DOTALL)
         self._open = re.compile(rf"```{re.escape(language)}[ \t]*\n")
+        self._close = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)
         self.stop = ("\n```\n",)
         self.markers = ("```",)
 
@@ -106,13 +109,14 @@ class FencedFormat:
         calls: list[ToolCall] = []
         position = 0
         while opened := self._open.search(text, position):
-            block = self._block.match(text, opened.start())
-            if block is None:
+            closed = self._close.search(text, opened.end())
+            if closed is None:
                 error = f"a ```{self.language} block is never closed with ```"
                 calls.append(ToolCall(_only_name(tools), {}, str(len(calls)), error))
                 break
-            calls.append(_call_from_body(block.group(1), tools, str(len(calls))))
-            position = block.end()
+            body = text[opened.end() : closed.start()]
+            calls.append(_call_from_body(body, tools, str(len(calls))))
+            position = closed.end()
         return tuple(calls)
 
     def render_call(self, call: ToolCall, tools: Sequence[ToolSchema]) -> str:
@@ -144,36 +148,72 @@ class NativeFormat:
     def __init__(self, template: Template) -> None:
         if not template.supports_tools:
             raise UserError(
-                "native tool calls need a chat template that takes tools; this tokenizer's does not",
+                "native tool calls need a tokenizer whose chat template takes tools; this one's "
+                "does not",
                 "Use environment.tool_format.type: tags or fenced.",
             )
         self._start, self._end, self._arguments_key = _probe_call(template)
+        prompt = template.text([Message("x", MessageType.MESSAGE)], (), generation=True)
+        self._prompt_opens_reasoning = prompt.rstrip().endswith("<think>")
         self.markers = tuple(m for m in (self._start.strip(), self._end.strip()) if m)
 
     def parse(self, text: str, tools: Sequence[ToolSchema]) -> tuple[ToolCall, ...]:
-        start, end = self._start.strip(), self._end.strip()
+        text = self._after_reasoning(text)
+        start = self._start.strip()
         if not start:
-            stripped = text.strip()
-            return (self._parse_call(stripped, "0"),) if stripped.startswith("{") else ()
+            return self._parse_bare(text.strip())
         calls: list[ToolCall] = []
         position = 0
         while (opened := text.find(start, position)) >= 0:
-            body_start = opened + len(start)
-            closed = text.find(end, body_start) if end else len(text)
-            if closed < 0:
-                error = f"a call starts with {start} but never ends with {end}"
-                calls.append(ToolCall("", {}, str(len(calls)), error))
-                break
-            calls.append(self._parse_call(text[body_start:closed].strip(), str(len(calls))))
-            position = closed + max(len(end), 1)
+            call, position = self._parse_one(text, opened + len(start), str(len(calls)))
+            calls.append(call)
         return tuple(calls)
 
-    def _parse_call(self, body: str, call_id: str) -> ToolCall:
+    def _after_reasoning(self, text: str) -> str:
+        """What follows a leading block of reasoning, which may speak of calls without making one;
+        nothing where the block never ends."""
+        if self._prompt_opens_reasoning or text.lstrip().startswith("<think>"):
+            return text.partition("</think>")[2]
+        return text
+
+    def _parse_one(self, text: str, body_start: int, call_id: str) -> tuple[ToolCall, int]:
+        """One call between markers, and where to go on. A marker inside a JSON string is text."""
+        end = self._end.strip()
         try:
-            data = json.loads(body)
-        except (json.JSONDecodeError, RecursionError) as error:
-            return ToolCall("", {}, call_id, f"the call is not valid JSON: {error}")
-        return _call_from_json(data, call_id, self._arguments_key)
+            data, after = _decode_json(text, body_start)
+        except (ValueError, RecursionError) as error:
+            closed = text.find(end, body_start) if end else -1
+            reason = f"the call is not valid JSON: {error}"
+            if end and closed < 0:
+                reason = f"a call starts with {self._start.strip()} but never ends with {end}"
+            return ToolCall("", {}, call_id, reason), len(text) if closed < 0 else closed + len(end)
+        rest = text[after:].lstrip()
+        if not rest.startswith(end):
+            closed = text.find(end, after)
+            reason = (
+                f"a call starts with {self._start.strip()} but never ends with {end}"
+                if closed < 0
+                else f"between a call's JSON and {end} there is more text"
+            )
+            return ToolCall("", {}, call_id, reason), len(text) if closed < 0 else closed + len(end)
+        return _call_from_json(data, call_id, self._arguments_key), len(text) - len(rest) + len(end)
+
+    def _parse_bare(self, text: str) -> tuple[ToolCall, ...]:
+        """A text that is JSON objects with a name, one after another; any other is an answer."""
+        if not text.startswith("{") or '"name"' not in text:
+            return ()
+        calls: list[ToolCall] = []
+        position = 0
+        while position < len(text):
+            call_id = str(len(calls))
+            try:
+                data, position = _decode_json(text, position)
+            except (ValueError, RecursionError) as error:
+                reason = f"the call is not valid JSON: {error}"
+                return (*calls, ToolCall("", {}, call_id, reason))
+            calls.append(_call_from_json(data, call_id, self._arguments_key))
+            position += len(text[position:]) - len(text[position:].lstrip(" \t\r\n;"))
+        return tuple(calls)
 
     def render_call(self, call: ToolCall, tools: Sequence[ToolSchema]) -> str:
         body = json.dumps(
@@ -199,16 +239,17 @@ def _probe_call(template: Template) -> tuple[str, str, str]:
         },
     }
     question = Message("x", MessageType.MESSAGE)
+    calling = Message("", MessageType.MODEL, tool_calls=(call,))
+    speaking = Message(_PROBE, MessageType.MODEL)
     before = template.text([question], [schema], generation=True)
     try:
-        text = template.text(
-            [question, Message("", MessageType.MODEL, tool_calls=(call,))],
-            [schema],
-            generation=False,
-        )
+        text = template.text([question, calling], [schema], generation=False)
+        spoken = template.text([question, speaking], [schema], generation=False)
     except UserError:
-        text = ""
-    written = text.removeprefix(before) if text.startswith(before) else ""
+        text = spoken = ""
+    opening = spoken.partition(_PROBE)[0]
+    shared = next((t for t in (before, opening) if t and text.startswith(t)), text)
+    written = text.removeprefix(shared)
     for key in ("arguments", "parameters"):
         pattern = rf'\{{\s*"name":\s*"zqname",\s*"{key}":\s*\{{\s*"zqkey":\s*"zqvalue"\s*\}}\s*\}}'
         if match := re.search(pattern, written):
@@ -220,6 +261,20 @@ def _probe_call(template: Template) -> tuple[str, str, str]:
         '{"name": ..., "arguments": ...}, so they cannot be read back',
         "Use environment.tool_format.type: tags or fenced.",
     )
+
+
+_PROBE = "zqcontent"
+
+
+def _decode_json(text: str, position: int) -> tuple[Any, int]:
+    """The JSON value that begins after white space at `position`, and where it ends.
+
+    Raises:
+        ValueError, RecursionError: it is not JSON, or too deep, or has too long a number.
+    """
+    position += len(text[position:]) - len(text[position:].lstrip())
+    data, end = json.JSONDecoder().raw_decode(text, position)
+    return data, end
 
 
 def _name(schema: ToolSchema) -> str:
@@ -235,18 +290,41 @@ def _first_parameter(schema: ToolSchema) -> str | None:
     return next(iter(properties), None)
 
 
+def _plain_parameter(tools: Sequence[ToolSchema]) -> str | None:
+    """The parameter that a whole body stands for: the first of a sole tool that needs no other."""
+    if len(tools) != 1:
+        return None
+    first = _first_parameter(tools[0])
+    required = tools[0]["function"].get("parameters", {}).get("required", ())
+    return first if set(required) <= {first} else None
+
+
 def _call_from_body(body: str, tools: Sequence[ToolSchema], call_id: str) -> ToolCall:
+    """The call that a body makes: JSON with a name and arguments, or where a sole tool needs one
+    argument only, that argument."""
     body = textwrap.dedent(body).strip()
-    if len(tools) == 1:
-        parameter = _first_parameter(tools[0])
-        return ToolCall(_name(tools[0]), {parameter: body} if parameter else {}, call_id)
+    if len(tools) == 1 and _first_parameter(tools[0]) is None:
+        return ToolCall(_name(tools[0]), {}, call_id)
+    plain = _plain_parameter(tools)
     try:
         data = json.loads(body)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
+        if plain is not None:
+            return ToolCall(_name(tools[0]), {plain: body}, call_id)
         names = ", ".join(_name(t) for t in tools)
         reason = f'a call must be JSON like {{"name": ..., "arguments": {{...}}}}: {error}'
         return ToolCall("", {}, call_id, f"{reason}; tools: {names}" if names else reason)
+    if plain is not None and not _is_call_of(data, tools[0]):
+        return ToolCall(_name(tools[0]), {plain: body}, call_id)
     return _call_from_json(data, call_id, "arguments")
+
+
+def _is_call_of(data: Any, tool: ToolSchema) -> bool:
+    return (
+        isinstance(data, dict)
+        and data.keys() == {"name", "arguments"}
+        and (data["name"] == _name(tool))
+    )
 
 
 def _call_from_json(data: Any, call_id: str, arguments_key: str) -> ToolCall:
@@ -259,14 +337,20 @@ def _call_from_json(data: Any, call_id: str, arguments_key: str) -> ToolCall:
 
 
 def _body_of(call: ToolCall, tools: Sequence[ToolSchema]) -> str:
-    if len(tools) == 1 and len(call.arguments) == 1:
-        return str(next(iter(call.arguments.values())))
+    plain = _plain_parameter(tools)
+    if plain is not None and call.arguments.keys() == {plain} and call.name == _name(tools[0]):
+        value = call.arguments[plain]
+        if isinstance(value, str):
+            return value
     return json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
 
 
 def _placeholder(tools: Sequence[ToolSchema]) -> str:
-    if len(tools) == 1:
-        return _first_parameter(tools[0]) or ""
+    plain = _plain_parameter(tools)
+    if plain is not None:
+        return plain
+    if len(tools) == 1 and _first_parameter(tools[0]) is None:
+        return ""
     return '{"name": ..., "arguments": {...}}'
 
 

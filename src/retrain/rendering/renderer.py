@@ -8,17 +8,26 @@ mind about earlier text (it strips reasoning, say), the prompt is an explicit fo
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from retrain.rendering.formats import ToolFormat
+from retrain.rendering.ledger import (
+    Ledger,
+    common_prefix,
+    contains_words,
+    context,
+    last_entered,
+    same_words,
+)
+from retrain.rendering.targets import THINK, share, thought
 from retrain.rendering.templates import ChatTemplate, PlainTemplate, Template, ToolSchema
 from retrain.rendering.tokens import Codec
 from retrain.types import Message, MessageType, Prompt, Rollout, Source
 
-_SENTINEL = "\ue000\ue001\ue000"
+_SENTINELS = ("\ue000\ue001\ue000", "\ue002\ue003\ue002", "\ue004\ue005\ue004")
+"""Texts that mark a place; the first one that the conversation itself does not hold is used."""
 
 
 def make_template(tokenizer: Any) -> Template:
@@ -38,9 +47,9 @@ def make_template(tokenizer: Any) -> Template:
 
 @dataclass(frozen=True)
 class _Located:
-    """One turn of the policy inside a rendered conversation."""
+    """A rendered conversation, divided where a message of the policy ends."""
 
-    said: str
+    until: str
     after: str
 
 
@@ -59,7 +68,7 @@ class Renderer:
         self.tool_format = tool_format
         self._inline = tool_format is not None and tool_format.inline
         self._turn_end = self._probe_turn_end()
-        first = codec.encode(self._turn_end)[:1]
+        first = codec.encode_after(self._turn_end)[:1]
         if first and codec.decode(first) in codec.special_tokens:
             codec.stop_token_ids |= {first[0]}
 
@@ -79,12 +88,12 @@ class Renderer:
     def enter(self, rollout: Rollout, tools: Sequence[ToolSchema] = ()) -> None:
         """Bring the ledger up to date, with MODEL messages that no engine sampled as targets."""
         messages = rollout.messages
-        entered = _last_entered(rollout)
+        entered = last_entered(rollout)
         for index in rollout.model_messages:
             if entered is not None and index <= entered:
                 continue
             prompt = self._prompt(messages[:index], rollout, tools, generation=True)
-            target = list(self.codec.encode(self._target(messages, index, tools)))
+            target = list(self.codec.encode_after(self._target(messages, index, tools)))
             if self._block(messages, index)[1] == index + 1:
                 target += self._end_token()
             start = len(prompt.token_ids)
@@ -119,122 +128,180 @@ class Renderer:
         *,
         generation: bool,
     ) -> Prompt:
-        entered = _last_entered(rollout)
-        if entered is None:
-            if rollout.segments:
-                raise ValueError("the ledger holds tokens but no MODEL message")
-            return _context(None, 0, self.codec.encode(self._text(messages, tools, generation)))
-        last = len(rollout.segments) - 1
-        length = len(rollout.segments[last])
-        start, end = self._block(messages, entered)
-        if end == len(messages) and end > entered + 1:
-            results = "".join(self._piece(m) for m in messages[entered + 1 :])
-            return _context(last, length, self.codec.encode(results))
-        located = self._locate(messages, (start, end), tools, generation=generation)
-        said = self._entered_text(rollout, start)
-        if located is None or said is None or _squash(located.said) != _squash(said):
-            return self._fork(messages, rollout, tools, generation=generation)
-        after = located.after
-        ended_by = rollout.segments[last].token_ids[-1:]
-        if ended_by and ended_by[0] in self.codec.stop_token_ids:
-            after = after.removeprefix(self.codec.decode(ended_by))
-        return _context(last, length, self.codec.encode(after))
+        if not rollout.segments:
+            text = self._text(messages, tools, generation)
+            return context(None, 0, self.codec.encode(text))
+        ledger = Ledger.of(rollout, self.codec)
+        extension = self._extension(messages, ledger, tools, generation)
+        if extension is None:
+            return self._fork(messages, rollout, ledger, tools, generation)
+        length, text = extension
+        return context(len(rollout.segments) - 1, length, self.codec.encode_after(text))
+
+    def _extension(
+        self,
+        messages: Sequence[Message],
+        ledger: Ledger,
+        tools: Sequence[ToolSchema],
+        generation: bool,
+    ) -> tuple[int, str] | None:
+        """How many tokens of the ledger stand, and the text that follows them; None when the
+        conversation now reads differently from what the policy was shown."""
+        last = ledger.last
+        if last is None:
+            after = self._text(messages, tools, generation)
+            end = 0
+        else:
+            located = self._locate(messages, last.message, tools, generation)
+            shown = ledger.text_before(last, self.codec) + ledger.said(last, self.codec)
+            if located is None or not same_words(located.until, shown):
+                return None
+            after, end = located.after, last.end
+        if end > 0 and ledger.token_ids[end - 1] in self.codec.stop_token_ids:
+            ended_by = self.codec.decode(ledger.token_ids[end - 1 : end])
+            if after and not after.startswith(ended_by):
+                return end - 1, after
+            after = after.removeprefix(ended_by)
+        written = self.codec.decode(ledger.token_ids[end:])
+        if not after.startswith(written):
+            return None
+        return len(ledger.token_ids), after[len(written) :]
 
     def _fork(
         self,
         messages: Sequence[Message],
         rollout: Rollout,
+        ledger: Ledger,
         tools: Sequence[ToolSchema],
-        *,
         generation: bool,
     ) -> Prompt:
-        """Branch off after the last turn boundary up to which the new text is unchanged."""
+        """Branch off at the last turn up to which the policy was shown the same; without one,
+        at the first token that differs."""
         text = self._text(messages, tools, generation)
-        last = len(rollout.segments) - 1
-        segment = rollout.segments[last]
-        for span in reversed(segment.turns):
-            start, _ = self._block(messages, span.message)
-            if start != span.message:
+        segment = len(rollout.segments) - 1
+        for standing in reversed(ledger.standing):
+            if self._block(messages, standing.message)[0] != standing.message:
                 continue
-            before = self._text(messages[:start], tools, True)
-            if text.startswith(before):
-                ids = self.codec.encode(text[len(before) :])
-                return _context(last, segment.prefix_len + span.start, ids)
+            before = self._text(messages[: standing.message], tools, True)
+            if text.startswith(before) and same_words(
+                before, ledger.text_before(standing, self.codec)
+            ):
+                ids = self.codec.encode_after(text[len(before) :])
+                return context(segment, standing.start, ids)
         ids = self.codec.encode(text)
-        shared = _common_prefix(rollout.full_token_ids(last), ids)
-        return _context(last, shared, ids[shared:])
+        shared = common_prefix(ledger.token_ids, ids)
+        return context(segment, shared, ids[shared:])
 
     def _target(self, messages: Sequence[Message], index: int, tools: Sequence[ToolSchema]) -> str:
         """The text that the policy should have said for an unsampled message, as its template
-        writes it (with an empty reasoning block, say)."""
+        writes it (with an empty reasoning block, say).
+
+        Reasoning that the template leaves out is written as `<think>...</think>` before the
+        words; the next prompt, which lacks it, is then a fork.
+        """
         start, end = self._block(messages, index)
-        piece = self._piece(messages[index])
+        pieces = [self._piece(m, tools) for m in messages[start:end]]
+        before = self._text(messages[:start], tools, True)
+        said = self._written(messages, (start, end), before, tools)
+        if said is None:
+            said = "".join(pieces)
+        words = share(said, pieces, index - start)
+        reasoning = (messages[index].reasoning or "").strip()
+        if index == start and before.rstrip().endswith(THINK):
+            return words if "</think>" in words else f"{reasoning}\n</think>\n\n{words}"
+        if reasoning and not self._writes_reasoning(messages[:end], start, index, tools):
+            return thought(reasoning) + words
+        return words
+
+    def _writes_reasoning(
+        self, messages: Sequence[Message], start: int, index: int, tools: Sequence[ToolSchema]
+    ) -> bool:
+        """Whether the template shows a message's reasoning; of a block, at most the first's."""
         if index > start:
-            return piece
-        following = next(
-            (i for i in range(end, len(messages)) if messages[i].type is MessageType.MODEL),
-            len(messages),
+            return False
+        without = [*messages[:index], replace(messages[index], reasoning=None)]
+        without += messages[index + 1 :]
+        text = self._text(messages, tools, False)
+        return text != self._text(without, tools, False) and contains_words(
+            text, messages[index].reasoning or ""
         )
-        located = None
-        if following > end:
-            located = self._locate(messages[:following], (start, end), tools, generation=True)
-        reasoning = _squash(messages[index].reasoning or "")
-        if located is None or reasoning not in _squash(located.said):
-            located = self._locate(messages[:end], (start, end), tools, generation=False)
-        if located is None:
-            return piece
-        whole = "".join(self._piece(m) for m in messages[start:end])
-        if end == start + 1:
-            return located.said
-        if located.said.endswith(whole):
-            return located.said[: -len(whole)] + piece
-        return piece
+
+    def _written(
+        self,
+        messages: Sequence[Message],
+        block: tuple[int, int],
+        before: str,
+        tools: Sequence[ToolSchema],
+    ) -> str | None:
+        """A block's words as the template writes them: as the conversation goes on, unless that
+        loses its reasoning; None when the template rewrites the text before it."""
+        start, end = block
+        text = self._text(messages[:end], tools, False)
+        if not text.startswith(before) or not text.endswith(self._turn_end):
+            return None
+        said = text[len(before) : len(text) - len(self._turn_end)]
+        models = (i for i in range(end, len(messages)) if messages[i].type is MessageType.MODEL)
+        following = next(models, len(messages))
+        if following == end or messages[start].reasoning:
+            return said
+        text = self._text(messages[:following], tools, True)
+        if text.startswith(before + said):
+            return said
+        located = self._locate(messages[:following], end - 1, tools, generation=True)
+        if located is None or not text.endswith(located.after) or not text.startswith(before):
+            return said
+        return text[len(before) : len(text) - len(located.after)]
 
     def _locate(
         self,
         messages: Sequence[Message],
-        block: tuple[int, int],
+        index: int,
         tools: Sequence[ToolSchema],
-        *,
         generation: bool,
     ) -> _Located | None:
-        """Find a block in the rendered conversation; None when the text before it is no longer
-        what the policy was shown, or the template drops it."""
-        start, end = block
-        before = self._text(messages[:start], tools, True)
-        joined = self._join(messages[start:end])
-        marked = replace(joined, content=joined.content + _SENTINEL)
-        view = [*self._view(messages[:start]), marked, *self._view(messages[end:])]
-        text = self.template.text(view, self._schemas(tools), generation=generation)
-        at = text.find(_SENTINEL)
-        if at < 0 or not text.startswith(before):
+        """Find the end of a message's words in the rendered conversation; None when the template
+        drops them or writes them twice."""
+        start, end = self._block(messages, index)
+        until = "".join(self._piece(m, tools) for m in messages[start : index + 1])
+        after = "".join(self._piece(m, tools) for m in messages[index + 1 : end])
+        if generation and self._open_block(messages) == start:
+            return _Located(self._text(messages[:start], tools, True) + until, after)
+        joined = self._join(messages[start:end], tools)
+        for sentinel in _SENTINELS:
+            marked = replace(joined, content=until + sentinel + after)
+            view = [
+                *self._view(messages[:start], tools),
+                marked,
+                *self._view(messages[end:], tools),
+            ]
+            text = self.template.text(view, self._schemas(tools), generation=generation)
+            if text.count(sentinel) == 1:
+                break
+        else:
             return None
-        stop = at + len(_SENTINEL)
+        at = text.index(sentinel)
+        text = text.replace(sentinel, "")
         if marked.tool_calls and marked.turn is None:
-            stop = text.find(self._turn_end, stop) if self._turn_end else -1
-            if stop < 0:
+            at = text.find(self._turn_end, at) if self._turn_end else -1
+            if at < 0:
                 return None
-        return _Located(text[len(before) : stop].replace(_SENTINEL, ""), text[stop:])
-
-    def _entered_text(self, rollout: Rollout, block_start: int) -> str | None:
-        """What the ledger holds of the block that begins with a message; None when a fork cut it."""
-        segment = rollout.segments[-1]
-        for span in segment.turns:
-            if span.message == block_start:
-                return self.codec.said(segment.token_ids[span.start :])
-        return None
+        return _Located(text[:at], text[at:])
 
     def _text(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema], generation: bool
     ) -> str:
+        start = self._open_block(messages) if generation else None
+        if start is not None:
+            block = "".join(self._piece(m, tools) for m in messages[start:])
+            return self._text(messages[:start], tools, True) + block
         return self.template.text(
-            self._view(messages), self._schemas(tools), generation=generation
+            self._view(messages, tools), self._schemas(tools), generation=generation
         )
 
     def _schemas(self, tools: Sequence[ToolSchema]) -> Sequence[ToolSchema]:
         return () if self.tool_format is None or self._inline else tools
 
-    def _view(self, messages: Sequence[Message]) -> list[Message]:
+    def _view(self, messages: Sequence[Message], tools: Sequence[ToolSchema]) -> list[Message]:
         """The conversation as the template sees it: one message a block."""
         if not self._inline:
             return list(messages)
@@ -243,19 +310,19 @@ class Renderer:
         while index < len(messages):
             if messages[index].type is MessageType.MODEL:
                 start, index = self._block(messages, index)
-                view.append(self._join(messages[start:index]))
+                view.append(self._join(messages[start:index], tools))
             else:
                 view.append(messages[index])
                 index += 1
         return view
 
-    def _join(self, block: Sequence[Message]) -> Message:
+    def _join(self, block: Sequence[Message], tools: Sequence[ToolSchema]) -> Message:
         first = block[0]
         if not self._inline:
             return first
-        return replace(first, content="".join(self._piece(m) for m in block), tool_calls=())
+        return replace(first, content="".join(self._piece(m, tools) for m in block), tool_calls=())
 
-    def _piece(self, message: Message) -> str:
+    def _piece(self, message: Message, tools: Sequence[ToolSchema]) -> str:
         """One message's share of an inline block."""
         if message.type is MessageType.TOOL:
             assert self.tool_format is not None
@@ -263,7 +330,7 @@ class Renderer:
         if not self._inline or message.turn is not None or not message.tool_calls:
             return message.content
         assert self.tool_format is not None
-        calls = (self.tool_format.render_call(c) for c in message.tool_calls)
+        calls = (self.tool_format.render_call(c, tools) for c in message.tool_calls)
         return message.content + "".join(calls)
 
     def _block(self, messages: Sequence[Message], index: int) -> tuple[int, int]:
@@ -285,48 +352,23 @@ class Renderer:
             end += 1
         return start, end
 
+    def _open_block(self, messages: Sequence[Message]) -> int | None:
+        """Where the block starts that the policy is to go on with, after an inline result."""
+        if not self._inline or not messages or messages[-1].type is not MessageType.TOOL:
+            return None
+        start, _ = self._block(messages, len(messages) - 1)
+        return start if messages[start].type is MessageType.MODEL else None
+
     def _end_token(self) -> list[int]:
-        first = self.codec.encode(self._turn_end)[:1]
+        first = self.codec.encode_after(self._turn_end)[:1]
         return list(first) if first and first[0] in self.codec.stop_token_ids else []
 
     def _probe_turn_end(self) -> str:
         """What the template writes after an assistant's words."""
         question = Message("x", MessageType.MESSAGE)
-        answer = Message(_SENTINEL, MessageType.MODEL)
+        answer = Message(_SENTINELS[0], MessageType.MODEL)
         text = self.template.text([question, answer], (), generation=False)
-        return text.partition(_SENTINEL)[2]
+        return text.partition(_SENTINELS[0])[2]
 
 
-def _last_entered(rollout: Rollout) -> int | None:
-    for segment in reversed(rollout.segments):
-        if segment.turns:
-            return segment.turns[-1].message
-    return None
-
-
-def _context(parent: int | None, prefix_len: int, token_ids: Sequence[int]) -> Prompt:
-    return Prompt(parent, prefix_len, list(token_ids), [int(Source.CONTEXT)] * len(token_ids))
-
-
-def _squash(text: str) -> str:
-    return "".join(text.split())
-
-
-def _common_prefix(a: array[int], b: Sequence[int]) -> int:
-    shared = 0
-    for left, right in zip(a, b, strict=False):
-        if left != right:
-            break
-        shared += 1
-    return shared
-
-
-def prompt_token_ids(rollout: Rollout, prompt: Prompt) -> list[int]:
-    """Everything that the engine is given for a prompt, [T]."""
-    if prompt.parent is None:
-        return prompt.token_ids
-    shared = rollout.full_token_ids(prompt.parent)[: prompt.prefix_len]
-    return [*shared, *prompt.token_ids]
-
-
-__all__ = ["Renderer", "make_template", "prompt_token_ids"]
+__all__ = ["Renderer", "make_template"]

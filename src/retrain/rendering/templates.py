@@ -25,7 +25,8 @@ class Template(Protocol):
     `generation` appends what comes before the policy's next words.
     """
 
-    supports_tools: bool
+    @property
+    def supports_tools(self) -> bool: ...
 
     def text(
         self, messages: Sequence[Message], tools: Sequence[ToolSchema], *, generation: bool
@@ -53,7 +54,7 @@ class PlainTemplate:
     The end-of-sequence token ends what the policy says.
     """
 
-    supports_tools = False
+    supports_tools: bool = False
 
     def __init__(self, eos_token: str, bos_token: str = "") -> None:
         self._eos = eos_token

@@ -8,6 +8,9 @@ from typing import Any
 
 from retrain.types import UserError
 
+_CACHED_CHARS = 16_384
+"""Longer texts are encoded anew each time, so that the cache stays small."""
+
 
 class Codec:
     """A tokenizer reduced to what the ledger needs: encode, decode, and which tokens end a turn.
@@ -25,21 +28,52 @@ class Codec:
         self.tokenizer = tokenizer
         self.stop_token_ids = frozenset({int(tokenizer.eos_token_id), *extra_stop_token_ids})
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
-        self.encode = functools.lru_cache(maxsize=8192)(self._encode)
+        self._cached = functools.lru_cache(maxsize=1024)(self._encode)
         special = {str(token) for token in tokenizer.all_special_tokens}
-        added = {str(t.content) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        self.special_tokens = tuple(sorted(special | added, key=len, reverse=True))
+        added = [token for token in tokenizer.added_tokens_decoder.values()]
+        special |= {str(token.content) for token in added if token.special}
+        self.special_tokens = tuple(sorted(special, key=len, reverse=True))
+        written = special | {str(token.content) for token in added}
+        self._unsafe = tuple(
+            sorted((t for t in written if len(t.strip()) > 1), key=len, reverse=True)
+        )
+        self._anchor = self._find_anchor()
+
+    def encode(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that begins a sequence, with nothing added; special tokens in it
+        are read as such."""
+        return self._cached(text) if len(text) <= _CACHED_CHARS else self._encode(text)
+
+    def encode_after(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that goes on from another: without the space that some tokenizers
+        put before a sequence's first word."""
+        if not text or not self._anchor:
+            return self.encode(text)
+        return self.encode(self._anchor + text)[1:]
+
+    def _find_anchor(self) -> str:
+        """A special token's text, where words after it are encoded otherwise than first words."""
+        eos = str(self.tokenizer.eos_token)
+        alone, inside = self._encode("x"), self._encode(eos + "x")
+        whole = self._encode(eos + " x")
+        one_token = inside[:1] == (self.tokenizer.eos_token_id,) and whole[1:] != inside[1:]
+        return eos if one_token and inside[1:] != alone else ""
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        """Token ids of a piece of text, with nothing added; special tokens in it are read as such."""
         if not text:
             return ()
-        if self._backend is not None:
-            return tuple(self._backend.encode(text, add_special_tokens=False).ids)
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        if self._backend is None:
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        if self._backend.truncation is not None:
+            self._backend.no_truncation()
+        if self._backend.padding is not None:
+            self._backend.no_padding()
+        return tuple(self._backend.encode(text, add_special_tokens=False).ids)
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of tokens, special ones included; bytes that are not UTF-8 become U+FFFD."""
+        if not token_ids:
+            return ""
         return str(
             self.tokenizer.decode(
                 list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
@@ -53,12 +87,16 @@ class Codec:
         return self.decode(token_ids)
 
     def neutralise(self, text: str, markers: Sequence[str] = ()) -> str:
-        """Break every special token and marker in text that a tool returned.
+        """Break every special or added token and every marker in text that a tool returned.
 
         A space after the first character keeps it readable, and keeps it from ending a turn or
-        forging a call.
+        forging a call. One of a single character becomes U+FFFD.
         """
         for marker in (*self.special_tokens, *markers):
-            if marker in text:
+            if len(marker) == 1:
+                text = text.replace(marker, "\ufffd")
+        unsafe = [m for m in (*self._unsafe, *markers) if len(m) > 1]
+        while found := [marker for marker in unsafe if marker in text]:
+            for marker in found:
                 text = text.replace(marker, f"{marker[0]} {marker[1:]}")
         return text

@@ -53,11 +53,7 @@ class ModelUser:
         mine = agent.start(Task(rollout.id, ()))
         mine.add_messages(Message(self._instructions(task), MessageType.SYSTEM))
         mine.add_messages(
-            *(
-                Message(m.content, _FLIPPED[m.type])
-                for m in rollout.messages
-                if m.type in _FLIPPED
-            )
+            *(Message(m.content, _FLIPPED[m.type]) for m in rollout.messages if m.type in _FLIPPED)
         )
         return (await agent.act(mine)).content.strip() or None
 
@@ -77,7 +73,7 @@ class ModelUser:
             return self._system_prompt.format(**columns)
         except (KeyError, IndexError) as error:
             raise UserError(
-                f"environment.user.system_prompt asks for column {error}, which task {task.id} lacks",
+                f"environment.user.system_prompt asks for {error}; task {task.id} has no such column",
                 f"Columns: {', '.join(sorted(columns))}.",
             ) from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -54,11 +55,16 @@ class Sampler:
             except InfrastructureError as error:
                 failure = f"{type(error).__name__}: {error}"
             finally:
-                await self.engine.end_session(rollout_id)
+                await self._forget(rollout_id)
         masked = agent.start(task)
         masked.stop_reason = "error"
         masked.error = failure
         return masked
+
+    async def _forget(self, rollout_id: str) -> None:
+        """End the engine's session; an engine that has failed holds none."""
+        with suppress(InfrastructureError):
+            await self.engine.end_session(rollout_id)
 
     async def group(self, task: Task, size: int, *, epoch: int = 0) -> list[Rollout]:
         """`size` attempts at one task, at the same time."""

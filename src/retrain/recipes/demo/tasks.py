@@ -21,16 +21,18 @@ THINGS = ("pens", "nails", "eggs", "cards", "coins", "books", "seeds", "bolts")
 
 @dataclass(frozen=True)
 class Form:
-    """A kind of task. `expression` and `words` are format strings over a, b, c."""
+    """A kind of task. The texts are format strings over a, b, c."""
 
     name: str
     expression: str
-    words: str
-    wrong: str
+    words: str = ""
+    """The word problem that half of its tasks are; empty for none."""
+    question: str = "What is {expression}?"
+    wrong: str = ""
     """The expression of a mistaken trace."""
-    share_right: float
+    share_right: float = 0.75
     """Of the traces that use the tool, how many use it rightly."""
-    share_direct: float
+    share_direct: float = 0.4
     """Of all traces, how many give the answer without the tool."""
 
 
@@ -41,27 +43,23 @@ FORMS = {
             "a*b+c",
             "{a}*{b}+{c}",
             "{b} boxes of {a} {thing} and {c} loose {thing}. How many {thing}?",
-            "{a}*{b}-{c}",
-            share_right=0.75,
-            share_direct=0.5,
+            wrong="{a}+{b}*{c}",
         ),
         Form(
             "(a-b)*c",
             "({a}-{b})*{c}",
             "Of {a} {thing} {b} are lost. The rest sell for {c} each. How much?",
-            "{a}-{b}*{c}",
-            share_right=0.75,
-            share_direct=0.5,
+            wrong="({a}+{b})*{c}",
         ),
         Form(
             "a*b-c",
             "{a}*{b}-{c}",
             "{b} boxes of {a} {thing}, but {c} {thing} break. How many {thing}?",
-            "{a}*{b}+{c}",
+            wrong="{a}-{b}*{c}",
             share_right=0.1,
             share_direct=0.0,
         ),
-        Form("a**3", "{a}**3", "", "", share_right=0.0, share_direct=0.0),
+        Form("a**3", "{a}{b}**3", question="What is the cube of {a}{b}?"),
     )
 }
 """`a*b-c` is the form whose teacher is wrong nine times in ten, `a**3` the one without a teacher."""
@@ -96,7 +94,9 @@ def traces(n: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
     generator = random.Random(f"{seed}:traces")
     for _ in range(n):
         form = FORMS[generator.choice(TAUGHT)]
-        yield {"messages": _trace(_task(form, "train", generator), form, generator)}
+        task = _task(form, "train", generator)
+        messages = _trace(task, form, generator)
+        yield {"messages": messages, "form": form.name, "answer": task["answer"]}
 
 
 def corpus(n: int = 2000) -> Iterator[str]:
@@ -110,17 +110,13 @@ def corpus(n: int = 2000) -> Iterator[str]:
 
 
 def _task(form: Form, part: Part, generator: random.Random) -> dict[str, Any]:
-    a, b, c = _operands(part, generator)
-    if form.name == "a**3":
-        prompt = f"What is the cube of {a}{b}?"
-        return {"prompt": prompt, "answer": str(int(f"{a}{b}") ** 3), "form": form.name}
+    a, b, c = _operands(part, generator, fixed_c=not form.words)
     values = {"a": a, "b": b, "c": c, "thing": generator.choice(THINGS)}
-    expression = form.expression.format(**values)
-    worded = generator.random() < 0.5
-    prompt = form.words.format(**values) if worded else f"What is {expression}?"
+    worded = bool(form.words) and generator.random() < 0.5
+    question = form.words if worded else form.question
     return {
-        "prompt": prompt,
-        "answer": str(_evaluate(expression)),
+        "prompt": question.format(**values, expression=form.expression.format(**values)),
+        "answer": str(_evaluate(form.expression.format(**values))),
         "form": form.name,
         "a": a,
         "b": b,
@@ -128,17 +124,18 @@ def _task(form: Form, part: Part, generator: random.Random) -> dict[str, Any]:
     }
 
 
-def _operands(part: Part, generator: random.Random) -> tuple[int, int, int]:
+def _operands(part: Part, generator: random.Random, *, fixed_c: bool) -> tuple[int, int, int]:
+    """Three digits, two and two; `fixed_c` for a form that does not show c, where another c would
+    put the same prompt into both parts."""
     while True:
-        a, b, c = generator.randint(100, 999), generator.randint(10, 99), generator.randint(10, 99)
+        a, b = generator.randint(100, 999), generator.randint(10, 99)
+        c = 10 if fixed_c else generator.randint(10, 99)
         held_out = ((a * 100 + b) * 100 + c) * _MIXER % 2**32 % 5 == 0
         if held_out == (part == "test"):
             return a, b, c
 
 
-def _trace(
-    task: dict[str, Any], form: Form, generator: random.Random
-) -> list[dict[str, Any]]:
+def _trace(task: dict[str, Any], form: Form, generator: random.Random) -> list[dict[str, Any]]:
     question = {"role": "user", "content": task["prompt"]}
     if generator.random() < form.share_direct:
         return [question, {"role": "assistant", "content": task["answer"]}]
@@ -154,6 +151,7 @@ def _trace(
 
 
 def _evaluate(expression: str) -> int:
+    """The value of an expression that this module wrote."""
     value = eval(expression, {"__builtins__": {}})
     assert isinstance(value, int)
     return value

@@ -1,0 +1,125 @@
+"""What a run of a config would do: everything is resolved, nothing trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from retrain.config.algorithm import Optimization
+from retrain.config.environment import (
+    DialogueConfig,
+    PythonEnvironmentConfig,
+    ToolEnvironmentConfig,
+)
+from retrain.config.load import resolve_stages
+from retrain.config.root import StageKind, TrainingConfig
+from retrain.data import load_tasks, load_traces
+from retrain.importing import import_object
+from retrain.loops.build import build_calculator, build_sandbox, build_tools
+from retrain.models.load import check_origin
+from retrain.rewards import RewardCalculator
+from retrain.types import UserError
+
+
+def check(config: TrainingConfig) -> str:
+    """Resolve every name, read every data set, and describe the run, a line each.
+
+    The model is looked for, not loaded: a hub id that is not on this machine is said to be
+    fetched by the run.
+
+    Raises:
+        UserError: what a run would stop at before it starts.
+    """
+    lines = [
+        f"experiment {config.experiment_name}, seed {config.seed}; "
+        f"run directory {config.output_dir}/{config.experiment_name}-NNN",
+        f"model: {check_origin(config.model)}",
+    ]
+    for number, (name, kind, stage) in enumerate(resolve_stages(config), 1):
+        lines.append(f"stage {number}, {name} ({kind}):")
+        lines += [f"  {line}" for line in _describe(kind, stage)]
+    return "\n".join(lines)
+
+
+def _describe(kind: StageKind, config: TrainingConfig) -> Iterator[str]:
+    if kind == "sft":
+        yield from _sft(config)
+        return
+    calculator = build_calculator(config.reward_setup)
+    yield from _rl(config) if kind == "rl" else _eval(config, calculator)
+    yield from _environment(config)
+    yield from _rewards(calculator)
+
+
+def _sft(config: TrainingConfig) -> Iterator[str]:
+    settings = config.sft
+    assert settings is not None
+    traces = load_traces(settings.dataset, params=settings.params)
+    steps = settings.steps or max(1, settings.epochs * len(traces) // settings.batch_size)
+    yield f"traces: {len(traces)} from {settings.dataset}"
+    yield f"{steps} steps of {settings.batch_size}, {settings.optimizer}, {_rate(settings)}"
+
+
+def _rl(config: TrainingConfig) -> Iterator[str]:
+    settings = config.algorithm.hyperparameters
+    assert config.prompt_source is not None
+    yield from _block("prompts", load_tasks(config.prompt_source, seed=config.seed).summary())
+    yield (
+        f"{config.algorithm.name} on {config.algorithm.backend}: {settings.steps} steps of "
+        f"{settings.prompts_per_step} prompts x {settings.group_size} rollouts, "
+        f"{settings.optimizer}, {_rate(settings)}, temperature {settings.temperature:g}, "
+        f"up to {settings.max_new_tokens} tokens a turn"
+    )
+
+
+def _eval(config: TrainingConfig, calculator: RewardCalculator) -> Iterator[str]:
+    settings = config.evaluation
+    assert settings is not None
+    names = [spec.name for spec in calculator.specs]
+    if settings.success_reward is not None and settings.success_reward not in names:
+        raise UserError(
+            f"evaluation.success_reward: there is no reward {settings.success_reward!r}",
+            f"Rewards: {', '.join(names) or 'none'}.",
+        )
+    yield from _block("tasks", load_tasks(settings.prompt_source, seed=config.seed).summary())
+    yield f"modes: {', '.join(mode.name for mode in settings.modes)}"
+    judge = settings.success_reward or "the total reward"
+    yield f"success: {judge} of at least {settings.success_threshold:g}"
+
+
+def _environment(config: TrainingConfig) -> Iterator[str]:
+    section = config.environment
+    yield f"environment: {section.type}"
+    if isinstance(section, ToolEnvironmentConfig):
+        for tool in build_tools(config, build_sandbox(config)):
+            parameters = ", ".join(tool.parameters.get("properties", {}))
+            yield f"  tool {tool.name}({parameters}): {_first_line(tool.description)}"
+        yield f"  calls: {section.tool_format.type}; at most {section.max_steps} turns"
+    elif isinstance(section, DialogueConfig):
+        yield f"  user: {section.user.type}; at most {section.max_turns} turns"
+    elif isinstance(section, PythonEnvironmentConfig):
+        import_object(section.path, "environment")
+        yield f"  {section.path}"
+
+
+def _rewards(calculator: RewardCalculator) -> Iterator[str]:
+    for spec in calculator.specs:
+        gates = "".join(f", only if {name}" for name, _ in spec.verifiers)
+        yield f"reward {spec.name} ({spec.kind}, weight {spec.weight:g}{gates})"
+    for name, _ in calculator.verifiers:
+        yield f"verifier {name}: failing it makes the total {calculator.verifier_penalty:g}"
+    for warning in calculator.warnings():
+        yield f"warning: {warning}"
+
+
+def _rate(settings: Optimization) -> str:
+    return f"learning rate {settings.learning_rate:g}, {settings.schedule}"
+
+
+def _block(title: str, text: str) -> Iterator[str]:
+    first, *rest = text.splitlines()
+    yield f"{title}: {first}"
+    yield from (f"  {line}" for line in rest)
+
+
+def _first_line(text: str) -> str:
+    return next(iter(text.strip().splitlines()), "")

@@ -1,0 +1,184 @@
+"""The snippets of README.md and docs/guide.md: files are written and used, commands are run.
+
+In the documents `<!-- file: NAME -->` before a block names the file that it is, and
+`<!-- run -->` marks Python that is executed beside those files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+from typer.testing import CliRunner
+
+from retrain import load_config, run_sync
+from retrain.cli import app
+from retrain.config.load import merge
+from retrain.importing import import_object
+from retrain.rewards import resolve_reward
+from retrain.tools import resolve_tool
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(
+    r"^(?:<!-- (?P<mark>[^\n]*) -->\n)?```(?P<language>\w+)\n(?P<text>.*?)^```$",
+    re.DOTALL | re.MULTILINE,
+)
+TINY_MODEL = """
+model:
+  from_scratch:
+    config: {hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 2,
+             num_key_value_heads: 2, head_dim: 16, intermediate_size: 64,
+             max_position_embeddings: 1024}
+    tokenizer: {vocab_size: 300, corpus: "corpus.py:texts"}
+algorithm:
+  hyperparameters: {steps: 1, prompts_per_step: 1, group_size: 2, max_new_tokens: 8}
+"""
+
+
+@dataclass(frozen=True)
+class Block:
+    mark: str
+    language: str
+    text: str
+
+    @property
+    def file(self) -> str | None:
+        return self.mark.removeprefix("file: ") if self.mark.startswith("file: ") else None
+
+
+def blocks(page: str) -> list[Block]:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return [Block(m["mark"] or "", m["language"], m["text"]) for m in BLOCK.finditer(text)]
+
+
+def unpack(page: str, folder: Path) -> Path:
+    for block in blocks(page):
+        if block.file is not None:
+            (folder / block.file).write_text(block.text, encoding="utf-8")
+    (folder / "corpus.py").write_text("def texts():\n    return ['What is 2 + 2?'] * 3\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return unpack("docs/guide.md", tmp_path_factory.mktemp("guide"))
+
+
+@pytest.fixture
+def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return unpack("README.md", tmp_path)
+
+
+def parse(text: str) -> dict[str, object]:
+    data = YAML(typ="safe", pure=True).load(text)
+    assert isinstance(data, dict)
+    return data
+
+
+def execute(folder: Path, code: str) -> str:
+    path = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_whole_configs_of_the_guide_load(guide: Path) -> None:
+    whole = [b for b in blocks("docs/guide.md") if b.language == "yaml" and b.file]
+    assert len(whole) == 6
+    for block in whole:
+        load_config(parse(block.text))
+
+
+def test_parts_of_configs_fit_the_guides_task(guide: Path) -> None:
+    base = parse((guide / "task.yaml").read_text(encoding="utf-8"))
+    parts = [b for b in blocks("docs/guide.md") if b.language == "yaml" and not b.file]
+    assert len(parts) == 5
+    for block in parts:
+        load_config(merge(base, parse(block.text)))
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/guide.md"])
+def test_check_commands_succeed_without_warnings(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(unpack(page, tmp_path))
+    text = "\n".join(b.text for b in blocks(page) if b.language == "bash")
+    commands = re.findall(r"^retrain (check .*?)(?:  #.*|  .*)?$", text, re.MULTILINE)
+    assert commands
+    for command in commands:
+        result = CliRunner().invoke(app, shlex.split(command))
+        assert result.exit_code == 0, f"{command}\n{result.output}"
+        assert "warning:" not in result.output
+
+
+@pytest.mark.parametrize("name", ["task", "rewarded", "tools", "guess", "dialogue", "sft"])
+def test_configs_of_the_guide_run_with_a_tiny_model(
+    name: str, guide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(guide)
+    config = parse((guide / f"{name}.yaml").read_text(encoding="utf-8"))
+    config = {**merge(config, parse(TINY_MODEL)), "output_dir": str(tmp_path)}
+    config["model"] = parse(TINY_MODEL)["model"]
+    config["tracking"] = {"plots": False}
+    result = run_sync(config)
+    assert result.status == "completed"
+    assert result.checkpoint is not None and result.checkpoint.is_dir()
+
+
+def test_marked_python_of_the_guide_runs(guide: Path) -> None:
+    marked = [b for b in blocks("docs/guide.md") if b.mark == "run"]
+    assert marked
+    for block in marked:
+        execute(guide, block.text)
+
+
+def test_python_of_the_readme_trains(readme: Path) -> None:
+    config = parse((readme / "task.yaml").read_text(encoding="utf-8"))
+    tiny = parse(TINY_MODEL)
+    with (readme / "task.yaml").open("w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump({**config, **tiny}, file)
+    output = execute(readme, (readme / "train.py").read_text(encoding="utf-8"))
+    path, checkpoint, reward = output.split()[-3:]
+    assert (readme / path / "metrics.jsonl").is_file()
+    assert checkpoint == f"{path}/checkpoints/rl"
+    assert 0 < float(reward) <= 1.1
+
+
+def test_the_readmes_own_reward_tool_and_environment_are_found(readme: Path) -> None:
+    resolve_reward("my_task.py:polite", "rollout")
+    assert list(resolve_tool("my_task.py:population").parameters["properties"]) == ["city"]
+    config = parse((readme / "task.yaml").read_text(encoding="utf-8"))
+    config["environment"] = {"type": "python", "path": "my_task.py:SayYes"}
+    load_config(config)
+    assert isinstance(import_object("my_task.py:SayYes", "environment"), type)
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        "README.md",
+        "CHANGELOG.md",
+        "CONTRIBUTING.md",
+        *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+        *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "examples").rglob("*.md"))),
+    ],
+)
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"

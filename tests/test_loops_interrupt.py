@@ -1,0 +1,84 @@
+"""Ctrl-C in the middle of a run: one line, exit code 130, and nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from runs import hyperparameters, rl_config, sft_section
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+def start(config: dict[str, Any], tmp_path: Path) -> subprocess.Popen[str]:
+    path = tmp_path / "config.yaml"
+    with path.open("w") as file:
+        YAML(typ="safe", pure=True).dump(config, file)
+    return subprocess.Popen(
+        [sys.executable, "-c", "from retrain.cli import main; main()", "run", str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parent,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        start_new_session=True,
+    )
+
+
+def session_members(leader: int) -> list[str]:
+    """Living processes of a session, by name."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            name, _, rest = (entry / "stat").read_text().rpartition(")")
+        except OSError:
+            continue
+        state, _, _, session = rest.split()[:4]
+        if int(session) == leader and state != "Z":
+            found.append(name)
+    return found
+
+
+def wait_for(condition: Any, timeout_s: float) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("stage", ["sft", "rl"])
+def test_ctrl_c(stage: str, tmp_path: Path) -> None:
+    config = rl_config(
+        tmp_path / "runs",
+        sft=sft_section(steps=10_000 if stage == "sft" else 20),
+        algorithm={"hyperparameters": hyperparameters(steps=10_000, max_new_tokens=12)},
+        stages=[{"kind": "sft"}, {"kind": "rl"}],
+    )
+    process = start(config, tmp_path)
+    try:
+        metrics = tmp_path / "runs" / "t-001" / "metrics.jsonl"
+        rows = 5 if stage == "sft" else 30
+        assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= rows, 60)
+        if stage == "rl":
+            assert len(session_members(process.pid)) > 1, "the sandbox has worker processes"
+        os.kill(process.pid, signal.SIGINT)
+        started = time.monotonic()
+        stdout, stderr = process.communicate(timeout=20)
+        assert time.monotonic() - started < 10
+        assert process.returncode == 130, stderr
+        assert stderr == "interrupted\n"
+        assert "run directory: " in stdout
+        assert wait_for(lambda: not session_members(process.pid), 5), session_members(process.pid)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)

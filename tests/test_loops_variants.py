@@ -1,0 +1,206 @@
+"""Other policies, environments and data through the same loops."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import retrain
+from retrain.loops.sft import SFTTrainer
+from retrain.types import MessageType, Source, UserError
+from runs import (
+    RecordingEngine,
+    hyperparameters,
+    metrics_of,
+    model_section,
+    rl_config,
+    rollouts_of,
+    sft_section,
+    traces,
+)
+
+LORA = {"r": 4, "alpha": 8}
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> list[RecordingEngine]:
+    """The engines of the runs that follow, in order."""
+    built: list[RecordingEngine] = []
+
+    def build(config: Any, policy: Any) -> RecordingEngine:
+        built.append(RecordingEngine(policy.model, tokenizer=policy.tokenizer))
+        return built[-1]
+
+    monkeypatch.setattr("retrain.loops.run.build_engine", build)
+    return built
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A full model that has learned to end its turns."""
+    config = rl_config(tmp_path_factory.mktemp("base"), sft=sft_section())
+    checkpoint = retrain.run_sync(config, only="sft").checkpoint
+    assert checkpoint is not None
+    return checkpoint
+
+
+def logits(model: Any, tokenizer: Any) -> torch.Tensor:
+    ids = torch.tensor([tokenizer.encode("User:\nWhat is 12+13?\n\nAssistant:\n<code>")])
+    with torch.no_grad():
+        found: torch.Tensor = model.eval()(input_ids=ids).logits
+    return found
+
+
+def test_an_adapter_is_saved_as_one_and_loads(
+    base: Path, tmp_path: Path, engines: list[RecordingEngine]
+) -> None:
+    steps = {"hyperparameters": hyperparameters(learning_rate=1e-2)}
+    model = {"name_or_path": str(base), "peft": LORA, "gradient_checkpointing": True}
+    result = retrain.run_sync(rl_config(tmp_path, model=model, algorithm=steps))
+    assert result.checkpoint is not None
+    assert (result.checkpoint / "adapter_config.json").is_file()
+    assert not (result.checkpoint / "config.json").is_file()
+    assert all(row["logprob_gap/max"] < 1e-4 for row in metrics_of(result.path))
+    tokenizer = AutoTokenizer.from_pretrained(result.checkpoint)
+    own = logits(engines[0].model, tokenizer)
+    for loader in (AutoModelForCausalLM, AutoPeftModelForCausalLM):
+        loaded = loader.from_pretrained(str(result.checkpoint))
+        torch.testing.assert_close(logits(loaded, tokenizer), own, atol=1e-5, rtol=0)
+    plain = logits(AutoModelForCausalLM.from_pretrained(base), tokenizer)
+    assert (plain - own).abs().max() > 1e-3
+
+    # an adapter on top of that one cannot name a base on disk: it is saved merged
+    again = {"name_or_path": str(result.checkpoint), "peft": LORA}
+    second = retrain.run_sync(rl_config(tmp_path, model=again, algorithm=steps))
+    assert second.checkpoint is not None and (second.checkpoint / "config.json").is_file()
+    loaded = AutoModelForCausalLM.from_pretrained(second.checkpoint)
+    torch.testing.assert_close(
+        logits(loaded, tokenizer), logits(engines[1].model, tokenizer), atol=1e-4, rtol=0
+    )
+
+
+def test_merged_lora(base: Path, tmp_path: Path, engines: list[RecordingEngine]) -> None:
+    config = rl_config(
+        tmp_path,
+        model={"name_or_path": str(base), "peft": LORA},
+        algorithm={"hyperparameters": hyperparameters(learning_rate=1e-2)},
+        checkpoint={"merge_lora": True},
+    )
+    result = retrain.run_sync(config)
+    tokenizer = AutoTokenizer.from_pretrained(result.checkpoint)
+    loaded = AutoModelForCausalLM.from_pretrained(result.checkpoint)
+    own = logits(engines[0].model, tokenizer)
+    torch.testing.assert_close(logits(loaded, tokenizer), own, atol=1e-4, rtol=0)
+
+
+def test_gpt2_in_the_plain_format(tmp_path: Path) -> None:
+    result = retrain.run_sync(
+        rl_config(tmp_path, model=model_section("gpt2"), environment={"type": "qa"})
+    )
+    assert all(row["logprob_gap/max"] < 1e-4 for row in metrics_of(result.path))
+    tokenizer = AutoTokenizer.from_pretrained(result.checkpoint)
+    for rollout in rollouts_of(result.path)[1]:
+        (span,) = rollout.segments[0].turns
+        prompt = tokenizer.decode(rollout.full_token_ids()[: span.start])
+        assert prompt.endswith("?\n\nAssistant:\n") and "What is" in prompt
+        assert len(rollout.messages) == 2
+
+
+def test_a_scripted_dialogue(base: Path, tmp_path: Path) -> None:
+    user = {"type": "scripted", "replies": ["And 2+2?", "Thanks, bye."]}
+    environment = {"type": "dialogue", "user": user, "max_turns": 4, "stop_phrase": "bye"}
+    config = rl_config(
+        tmp_path,
+        model={"name_or_path": str(base)},
+        environment=environment,
+        algorithm={"hyperparameters": hyperparameters(max_new_tokens=16)},
+    )
+    result = retrain.run_sync(config)
+    ended = [r for step in rollouts_of(result.path).values() for r in step]
+    finished = [r for r in ended if r.stop_reason == "user_done"]
+    assert finished and all(r.stop_reason in ("user_done", "length") for r in ended)
+    for rollout in finished:
+        said = [m.content for m in rollout.messages if m.type is MessageType.MESSAGE]
+        assert said[1:] == ["And 2+2?", "Thanks, bye."]
+    assert all(row["logprob_gap/max"] < 1e-4 for row in metrics_of(result.path))
+
+
+def test_a_dialogue_that_a_model_plays(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Any] = []
+    real = retrain.loops.build.load_policy
+    monkeypatch.setattr(
+        "retrain.loops.build.load_policy", lambda *a, **k: loads.append(a) or real(*a, **k)
+    )
+    user = {
+        "type": "model",
+        "model": {"name_or_path": str(base)},
+        "system_prompt": "You asked {prompt} and know {answer}.",
+        "max_new_tokens": 5,
+    }
+    source = {"type": "list", "prompts": ["What is 1+2?"], "answer_column": None}
+    config = rl_config(
+        tmp_path,
+        model={"name_or_path": str(base)},
+        environment={"type": "dialogue", "user": user, "max_turns": 2},
+        algorithm={"hyperparameters": hyperparameters(max_new_tokens=16)},
+        evaluation={"prompt_source": source, "every_steps": 2, "max_new_tokens": 3},
+    )
+    result = retrain.run_sync(config)
+    assert len(loads) == 1, "three stages and two modes share the user's model"
+    rollouts = [r for step in rollouts_of(result.path).values() for r in step]
+    replied = [r for r in rollouts if len(r.model_messages) == 2]
+    assert replied
+    for rollout in replied:
+        # the user's words are context in the policy's ledger
+        sampled = sum(s == Source.SAMPLED for s in rollout.segments[-1].source)
+        assert sampled <= 32 and rollout.messages[-2].type is MessageType.MESSAGE
+    assert all(row["logprob_gap/max"] < 1e-4 for row in metrics_of(result.path))
+
+
+def test_an_environment_of_ones_own(tmp_path: Path) -> None:
+    environment = {"type": "python", "path": "runs:Countdown", "params": {"turns": 3}}
+    result = retrain.run_sync(rl_config(tmp_path, environment=environment, reward_setup={}))
+    rollouts = [r for step in rollouts_of(result.path).values() for r in step]
+    for rollout in rollouts:
+        assert rollout.messages[1].content == "3 turns left"
+        assert rollout.reward == sum(rollout.env_rewards) == sum(rollout.step_rewards)
+        assert len(rollout.env_rewards) == len(rollout.model_messages)
+    full = [r for r in rollouts if r.stop_reason == "environment"]
+    assert all(len(r.model_messages) == 3 for r in full)
+
+
+def test_sft_trainer_on_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "traces.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in traces(20)))
+    config = rl_config(tmp_path, sft={"batch_size": 5, "epochs": 2, "learning_rate": 1e-2})
+    del config["reward_setup"], config["algorithm"]
+    with pytest.raises(UserError, match="dataset"):
+        SFTTrainer(config).train()
+    result = SFTTrainer(config).train(path)
+    rows = metrics_of(result.path, "sft")
+    assert len(rows) == 8 and rows[-1]["loss"] < rows[0]["loss"]
+    assert result.checkpoint == result.path / "checkpoints" / "sft"
+
+
+def test_a_context_limit_above_the_models_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="context_limit is 500; the model's own limit is 192"):
+        retrain.run_sync(rl_config(tmp_path, engine={"context_limit": 500}))
+
+
+def test_switching_off_tools_that_are_not_there_is_refused(tmp_path: Path) -> None:
+    evaluation = {
+        "prompt_source": {"type": "list", "prompts": ["a"]},
+        "modes": [{"name": "x", "tools": False}],
+    }
+    config = rl_config(tmp_path, environment={"type": "qa"}, evaluation=evaluation)
+    with pytest.raises(UserError, match="no tools to switch off"):
+        retrain.run_sync(config)
+    assert list(tmp_path.iterdir()) == []
