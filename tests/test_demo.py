@@ -14,6 +14,7 @@ from retrain.types import Source
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from demo import broken_promises
 
+STEPS = 50
 DEMO = Path(retrain.__file__).parent / "recipes" / "demo" / "demo.yaml"
 
 
@@ -30,7 +31,7 @@ def test_the_demo_keeps_its_promises(run) -> None:
 def test_engine_and_learner_agree_at_every_step(run) -> None:
     rows = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
     gaps = [row["logprob_gap/max"] for row in rows if "logprob_gap/max" in row]
-    assert len(gaps) >= 60
+    assert len(gaps) >= 0.8 * STEPS
     assert max(gaps) < 1e-4
 
 
@@ -38,7 +39,7 @@ def test_every_rollout_is_kept_and_only_sampled_tokens_have_logprobs(run) -> Non
     from retrain.tracking.rollouts import read_rollouts
 
     files = sorted((run.path / "rollouts").glob("rl-*.jsonl.gz"))
-    assert len(files) == 70
+    assert len(files) == STEPS
     count = 0
     for file in files:
         for rollout in read_rollouts(file):
@@ -51,7 +52,7 @@ def test_every_rollout_is_kept_and_only_sampled_tokens_have_logprobs(run) -> Non
                 )
                 inside = {i for span in segment.turns for i in range(span.start, span.end)}
                 assert inside == {i for i, is_sampled in enumerate(sampled) if is_sampled}
-    assert count == 70 * 16 * 8
+    assert count == STEPS * 16 * 8
 
 
 def test_what_a_person_looks_at_is_there(run) -> None:
@@ -59,7 +60,8 @@ def test_what_a_person_looks_at_is_there(run) -> None:
     assert "T=1" in (run.path / "results.md").read_text()
     assert len(list((run.path / "transcripts").iterdir())) == 18
     first = next((run.path / "rollouts").glob("rl-*.jsonl.gz"))
-    assert json.loads(gzip.open(first, "rt").readline())["segments"]
+    with gzip.open(first, "rt") as lines:
+        assert json.loads(lines.readline())["segments"]
 
 
 def test_no_held_out_operands_are_ever_trained_on() -> None:

@@ -236,9 +236,7 @@ class Rollout:
         if prompt.prefix_len > length:
             raise ValueError(f"prompt shares {prompt.prefix_len} tokens of a segment of {length}")
         extends = (
-            parent is not None
-            and parent == len(self.segments) - 1
-            and prompt.prefix_len == length
+            parent is not None and parent == len(self.segments) - 1 and prompt.prefix_len == length
         )
         if not extends:
             self.segments.append(Segment(parent, prompt.prefix_len))

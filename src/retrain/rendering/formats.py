@@ -43,7 +43,7 @@ class ToolFormat(Protocol):
 
 
 class TagFormat:
-    """Calls between two tags (Techne, ReTool, Router-R1).
+    """Calls between two tags (ReTool, Router-R1).
 
     The first closing tag ends a call, also inside a string: that is where generation stops.
     """
@@ -52,8 +52,8 @@ class TagFormat:
 
     def __init__(self, tags: TagConfig | None = None) -> None:
         self.tags = tags or TagConfig()
-        self.stop = (self.tags.tool_end,)
-        self.markers = (
+        self.stop: tuple[str, ...] = (self.tags.tool_end,)
+        self.markers: tuple[str, ...] = (
             self.tags.tool_start.strip(),
             self.tags.tool_end.strip(),
             self.tags.response_start.strip(),
@@ -102,8 +102,8 @@ class FencedFormat:
         self.output = output
         self._open = re.compile(rf"```{re.escape(language)}[ \t]*\n")
         self._close = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)
-        self.stop = ("\n```\n",)
-        self.markers = ("```",)
+        self.stop: tuple[str, ...] = ("\n```\n",)
+        self.markers: tuple[str, ...] = ("```",)
 
     def parse(self, text: str, tools: Sequence[ToolSchema]) -> tuple[ToolCall, ...]:
         calls: list[ToolCall] = []

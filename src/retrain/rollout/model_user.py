@@ -73,7 +73,7 @@ class ModelUser:
             return self._system_prompt.format(**columns)
         except (KeyError, IndexError) as error:
             raise UserError(
-                f"environment.user.system_prompt asks for {error}; task {task.id} has no such column",
+                f"environment.user.system_prompt asks for {error}, which task {task.id} lacks",
                 f"Columns: {', '.join(sorted(columns))}.",
             ) from error
 

@@ -62,7 +62,7 @@ FORMS = {
         Form("a**3", "{a}{b}**3", question="What is the cube of {a}{b}?"),
     )
 }
-"""`a*b-c` is the form whose teacher is wrong nine times in ten, `a**3` the one without a teacher."""
+"""The teacher of `a*b-c` is wrong nine times in ten; `a**3` has no teacher."""
 
 TAUGHT = ("a*b+c", "(a-b)*c", "a*b-c")
 
