@@ -16,6 +16,8 @@ class EngineConfig(Section):
     """`torch`, in the same process; no other is built."""
     max_slots: int = Field(128, ge=1)
     """Sequences decoded together."""
+    num_threads: int | None = Field(None, ge=1)
+    """CPU threads for decoding; by default torch's own number. One is best for tiny models."""
     context_limit: int | None = Field(None, ge=2)
     """Most tokens of a sequence; by default what the model's config says."""
 

@@ -27,6 +27,14 @@ FEED_LIMIT = 32
 FEED_CROWD = 4
 """Rows decoding per row fed above which feeding is cheaper than a prefill call of its own."""
 
+ADMIT_TOGETHER = 8
+"""New requests that wait for each other's slots to come free, while others decode."""
+
+PATIENCE = 64
+"""Steps after which a session that waits for its tool may lose its slot to a new request."""
+
+FOREVER = 1 << 62
+
 MIN_COPY = 64
 """Shortest prefix worth copying from another slot."""
 
@@ -119,17 +127,35 @@ class Scheduler:
         return self._step()
 
     def _admit(self) -> None:
-        placed = []
-        returning = [job for job in self._waiting if self._has_cache(job)]
-        for job in [*returning, *(job for job in self._waiting if job not in returning)]:
-            slot = self._table.take(job.request.session)
+        """Seat returning sessions at once, and new requests together: a prefill call costs about
+        as much for one row as for a few."""
+        if not self._waiting:
+            return
+        seated = [self._seat(job, 0) for job in self._waiting if self._has_cache(job)]
+        fresh = [job for job in self._waiting if job.slot is None]
+        for job in fresh[: self._welcome(len(fresh))]:
+            slot = self._seat(job, self._table.steps - PATIENCE if self._jobs else FOREVER)
             if slot is None:
                 break
-            self._place(job, slot)
-            placed.append(slot)
-        if placed:
+            seated.append(slot)
+        if seated:
             self._waiting = [job for job in self._waiting if job.slot is None]
-            self._fill(placed)
+            self._fill([slot for slot in seated if slot is not None])
+
+    def _welcome(self, fresh: int) -> int:
+        """How many new requests may look for a slot now. Where nothing runs, a few may take those
+        of waiting sessions; else they wait until several can be seated, or a session has waited
+        too long."""
+        room = self._table.free
+        if not self._jobs:
+            return max(room, ADMIT_TOGETHER)
+        return fresh if room == 0 or room >= min(fresh, ADMIT_TOGETHER) else 0
+
+    def _seat(self, job: Job, idle_before: int) -> int | None:
+        slot = self._table.take(job.request.session, idle_before=idle_before)
+        if slot is not None:
+            self._place(job, slot)
+        return slot
 
     def _has_cache(self, job: Job) -> bool:
         session = job.request.session
@@ -262,6 +288,7 @@ class Scheduler:
         assert self._runner is not None
         logits = self._runner.step(table.ids, lengths, width)
         lengths += active
+        table.steps += 1
         sampled = np.flatnonzero(active & (lengths == table.known[:rows]))
         if not len(sampled):
             return []

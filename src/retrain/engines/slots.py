@@ -25,7 +25,8 @@ class Owner:
     """Whose cache a slot keeps between requests."""
 
     session: str | None
-    last_used: int
+    idle_since: int = 0
+    """Step at which its last request ended."""
 
 
 class SlotTable:
@@ -53,7 +54,8 @@ class SlotTable:
         self.drawn = np.zeros(max_slots, dtype=np.int64)
         self.owners: list[Owner | None] = [None] * max_slots
         self.by_session: dict[str, int] = {}
-        self._clock = 0
+        self.steps = 0
+        """Decode steps so far: the clock by which waiting sessions age."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -80,29 +82,33 @@ class SlotTable:
             new[: old.shape[0], : old.shape[1]] = old
             setattr(self, name, new)
 
-    def take(self, session: str | None) -> int | None:
+    @property
+    def free(self) -> int:
+        """Slots that nobody holds."""
+        return sum(owner is None for owner in self.owners)
+
+    def take(self, session: str | None, *, idle_before: int) -> int | None:
         """A slot for a request of `session`: its own, else the lowest free one, else that of the
-        waiting session used least recently; None where all are active."""
-        self._clock += 1
+        session that has waited longest, if it does so since before step `idle_before`."""
         own = self.by_session.get(session) if session is not None else None
         if own is not None and not self.active[own]:
-            self._owner(own).last_used = self._clock
             return own
         free = next((s for s, owner in enumerate(self.owners) if owner is None), None)
-        slot = self._least_recent() if free is None else free
+        slot = self._longest_waiting(idle_before) if free is None else free
         if slot is None:
             return None
         self.release(slot)
         # A session's second request at the same time gets a slot that nobody returns to.
         keep = session if own is None else None
-        self.owners[slot] = Owner(keep, self._clock)
+        self.owners[slot] = Owner(keep)
         if keep is not None:
             self.by_session[keep] = slot
         return slot
 
-    def _least_recent(self) -> int | None:
-        waiting = [s for s in range(self.max_slots) if not self.active[s]]
-        return min(waiting, key=lambda s: self._owner(s).last_used, default=None)
+    def _longest_waiting(self, idle_before: int) -> int | None:
+        waiting = (s for s in range(self.max_slots) if not self.active[s])
+        slot = min(waiting, key=lambda s: self._owner(s).idle_since, default=None)
+        return None if slot is None or self._owner(slot).idle_since >= idle_before else slot
 
     def _owner(self, slot: int) -> Owner:
         owner = self.owners[slot]
@@ -112,6 +118,7 @@ class SlotTable:
     def deactivate(self, slot: int) -> None:
         """End a request; the cache stays if a session may come back for it."""
         self.active[slot] = False
+        self._owner(slot).idle_since = self.steps
         if self._owner(slot).session is None:
             self.release(slot)
 

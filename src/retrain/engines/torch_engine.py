@@ -40,6 +40,8 @@ class TorchEngine:
         tokenizer: needed for stop strings only.
         max_slots: most sequences decoded, or kept for a waiting session, at once.
         context_limit: most tokens of a sequence; the model's `max_position_embeddings` if None.
+        num_threads: CPU threads of the decode thread's operations; torch's own choice if None.
+            One is best for tiny models, whose steps are too short to share.
         version: the policy version of the weights as they are now.
 
     Raises:
@@ -53,6 +55,7 @@ class TorchEngine:
         tokenizer: Any = None,
         max_slots: int = 128,
         context_limit: int | None = None,
+        num_threads: int | None = None,
         version: int = 0,
     ) -> None:
         self._context_limit = context_limit or architecture_setting(
@@ -64,6 +67,7 @@ class TorchEngine:
                 "pass context_limit=... to TorchEngine",
             )
         self._model = model
+        self._num_threads = num_threads
         self._vocab_size: int = unwrap(model).get_output_embeddings().weight.shape[0]
         self._rules = StopRules(tokenizer, self._vocab_size)
         self._scheduler = Scheduler(model, max_slots, self._context_limit, version)
@@ -199,6 +203,8 @@ class TorchEngine:
         module under it cannot take part in the learner's backward pass. Rotary tables that
         change with the context are such a thing.
         """
+        if self._num_threads is not None:
+            torch.set_num_threads(self._num_threads)  # of this thread only
         rope = architecture_setting(self._model, "rope_parameters") or {}
         changing = "dynamic" in str(rope) or "longrope" in str(rope)
         with torch.no_grad(), torch.inference_mode(not changing):

@@ -88,6 +88,7 @@ def build_engine(config: TrainingConfig, policy: Policy) -> TorchEngine:
         tokenizer=policy.tokenizer,
         max_slots=config.engine.max_slots,
         context_limit=limit,
+        num_threads=config.engine.num_threads,
     )
 
 
