@@ -103,27 +103,32 @@ def test_a_rule_is_made_once() -> None:
     assert rules.rule(("ab",), (1,)) is not rules.rule(("ab",), (2,))
 
 
-def test_slots_are_the_lowest_free_then_the_least_recently_used() -> None:
+def test_slots_are_the_lowest_free_then_those_that_waited_longest() -> None:
     table = SlotTable(3)
     table.reserve(3, 8)
-    assert [table.take(name) for name in "abc"] == [0, 1, 2]
+    assert table.free == 3
+    assert [table.take(name, idle_before=0) for name in "abc"] == [0, 1, 2]
+    assert table.free == 0
     table.active[:] = True
-    assert table.take("d") is None
-    table.deactivate(1)
+    assert table.take("d", idle_before=99) is None  # all are at work
+    table.steps = 10
     table.deactivate(2)
-    assert table.take("b") == 1  # its own, and now used more recently than c's
-    assert table.take("d") == 2
+    table.steps = 20
+    table.deactivate(1)
+    assert table.take("b", idle_before=0) == 1  # a session's own slot waits for it
+    assert table.take("d", idle_before=10) is None  # c has waited since step 10, not before it
+    assert table.take("d", idle_before=11) == 2
     assert "c" not in table.by_session
     table.active[1] = table.active[2] = True
     table.deactivate(0)
-    assert table.take("b") == 0  # a second request of a busy session
+    assert table.take("b", idle_before=99) == 0  # a second request of a busy session
 
 
 def test_compaction_moves_the_highest_rows_into_the_lowest_holes() -> None:
     table = SlotTable(8)
     table.reserve(8, 4)
     for name in "abcdefgh":
-        slot = table.take(name)
+        slot = table.take(name, idle_before=0)
         assert slot is not None
         table.ids[slot] = slot
         table.active[slot] = True

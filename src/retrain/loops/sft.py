@@ -108,7 +108,7 @@ def trace_samples(
     """A trace through the renderer and the ledger, as any rollout goes; its targets train."""
     rollout = Rollout(id=trace.id)
     rollout.add_messages(*trace.messages)
-    renderer.enter(rollout, trace.tools or tools)
+    renderer.enter(rollout, trace.tools or tools, close=False)
     return to_samples(rollout, "cross_entropy")
 
 

@@ -85,8 +85,13 @@ class Renderer:
         """
         return self._prompt(rollout.messages, rollout, tools, generation=True)
 
-    def enter(self, rollout: Rollout, tools: Sequence[ToolSchema] = ()) -> None:
-        """Bring the ledger up to date, with MODEL messages that no engine sampled as targets."""
+    def enter(
+        self, rollout: Rollout, tools: Sequence[ToolSchema] = (), *, close: bool = True
+    ) -> None:
+        """Bring the ledger up to date, with MODEL messages that no engine sampled as targets.
+
+        `close` also enters what comes after the last of them, which nothing trains on.
+        """
         messages = rollout.messages
         entered = last_entered(rollout)
         for index in rollout.model_messages:
@@ -105,7 +110,7 @@ class Renderer:
                     spans=((index, start, start + len(target)),),
                 )
             )
-        if messages:
+        if close and messages:
             rollout.enter_prompt(self._prompt(messages, rollout, tools, generation=False))
 
     def message(self, token_ids: Sequence[int], tools: Sequence[ToolSchema] = ()) -> Message:

@@ -74,6 +74,8 @@ class Codec:
         """Text of tokens, special ones included; bytes that are not UTF-8 become U+FFFD."""
         if not token_ids:
             return ""
+        if self._backend is not None:
+            return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
         return str(
             self.tokenizer.decode(
                 list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False

@@ -99,7 +99,7 @@ def traces(n: int, *, seed: int = 0) -> Iterator[dict[str, Any]]:
         yield {"messages": messages, "form": form.name, "answer": task["answer"]}
 
 
-def corpus(n: int = 2000) -> Iterator[str]:
+def corpus(n: int = 500) -> Iterator[str]:
     """Texts for the tokenizer to learn its merges from, one a phrasing."""
     generator = random.Random("corpus")
     for _ in range(n):
