@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from retrain.engines.runners import PREFILL_TOKENS, batches
 from retrain.engines.sampling import UNIFORM_BLOCK, Uniforms, sample_tokens, truncate
-from retrain.engines.slots import SlotTable
+from retrain.engines.slots import MOVING_COST, SlotTable
 from retrain.engines.stops import StopRules, could_complete
 from tiny import byte_tokenizer
 
@@ -134,8 +134,12 @@ def test_compaction_moves_the_highest_rows_into_the_lowest_holes() -> None:
         table.active[slot] = True
     for slot in (0, 1, 2, 4, 6):
         table.deactivate(slot)
-    movers, holes = table.compaction()
+    waits = 0
+    while (moves := table.compaction()) == ([], []):
+        waits += 1
+    movers, holes = moves
     assert (movers, holes) == ([3, 5, 7], [0, 1, 2])
+    assert waits == MOVING_COST * 3 // 5  # until five idle rows a step have cost three moves
     table.swap(movers, holes)
     assert table.active.tolist() == [True] * 3 + [False] * 5
     assert all(

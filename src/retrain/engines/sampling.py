@@ -11,6 +11,7 @@ from torch import Tensor
 UNIFORM_BLOCK = 64
 """Uniform numbers drawn at a time for one request."""
 
+
 class Uniforms:
     """The uniform numbers of one request: number t depends on the seed and t alone.
 

@@ -24,7 +24,7 @@ from retrain.types import FinishReason
 FEED_LIMIT = 32
 """Longest context that is fed through decode steps, a token a step, rather than prefilled."""
 
-FEED_CROWD = 4
+FEED_CROWD = 1
 """Rows decoding per row fed above which feeding is cheaper than a prefill call of its own."""
 
 ADMIT_TOGETHER = 8

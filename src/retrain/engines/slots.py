@@ -15,9 +15,9 @@ from retrain.engines.sampling import UNIFORM_BLOCK
 
 COLUMN_BLOCK = 64
 SLOT_BLOCK = 16
-WASTE = 3
-"""A decode view is made tight when more than one row in so many is idle: moving rows costs about as
-much as running half the view once, and rows that wait for a tool come back."""
+MOVING_COST = 8
+"""What moving a row costs, in rows run for a step. Rows that wait for a tool soon come back, so
+their places are not filled at once."""
 
 
 @dataclass
@@ -54,6 +54,7 @@ class SlotTable:
         self.drawn = np.zeros(max_slots, dtype=np.int64)
         self.owners: list[Owner | None] = [None] * max_slots
         self.by_session: dict[str, int] = {}
+        self._wasted = 0
         self.steps = 0
         """Decode steps so far: the clock by which waiting sessions age."""
 
@@ -159,12 +160,15 @@ class SlotTable:
                 self.release(slot)
 
     def compaction(self) -> tuple[list[int], list[int]]:
-        """Active slots to move and the lower ones to swap them with; empty while tight enough."""
+        """Active slots to move and the lower ones to swap them with; empty while the rows that
+        idle in the view have not yet cost more than moving would."""
         count, extent = int(self.active.sum()), self.extent
-        if extent - count < max(4, extent // WASTE):
-            return [], []
-        holes = np.flatnonzero(~self.active[:count])
+        self._wasted += extent - count
         movers = np.flatnonzero(self.active[count:extent]) + count
+        if not len(movers) or self._wasted < MOVING_COST * len(movers):
+            return [], []
+        self._wasted = 0
+        holes = np.flatnonzero(~self.active[:count])
         return movers.tolist(), holes.tolist()
 
     def swap(self, first: list[int], second: list[int]) -> None:

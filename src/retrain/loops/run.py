@@ -79,6 +79,7 @@ async def run(
             for stage in prepared:
                 await stage.execute(context)
         _write_results(checked, context)
+        _say_where(context)
     return RunResult(
         path=directory.path,
         status="completed",
@@ -118,3 +119,12 @@ def _write_results(config: TrainingConfig, context: RunContext) -> None:
         print_results(context.results)
     if config.tracking.plots:
         plot_curves(context.run)
+
+
+def _say_where(context: RunContext) -> None:
+    """Tell the user where to look; what the run did not write is left out."""
+    for name in ("results.md", "plots/curves.png", "transcripts"):
+        if (context.run.path / name).exists():
+            context.progress.line(f"{Path(name).stem}: {context.run.path / name}")
+    if context.checkpoint is not None:
+        context.progress.line(f"checkpoint: {context.checkpoint}")
