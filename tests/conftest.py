@@ -19,3 +19,7 @@ os.environ.update(
 
 settings.register_profile("retrain", deadline=None)
 settings.load_profile("retrain")
+
+LISTEN_TO_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+"""First line of a child process that is to be interrupted: a shell's background jobs, and so the
+tests in one, ignore SIGINT and hand that down."""

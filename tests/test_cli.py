@@ -17,6 +17,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import retrain
+from conftest import LISTEN_TO_CTRL_C
 from retrain.cli import app
 from retrain.config import TrainingConfig
 from retrain.types import UserError
@@ -177,7 +178,7 @@ def test_ctrl_c_is_one_line(config: str) -> None:
         "from retrain.cli import main; main()"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, "run", config],
+        [sys.executable, "-c", f"{LISTEN_TO_CTRL_C}{code}", "run", config],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,7 +14,7 @@ from retrain.types import Source
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 from demo import broken_promises
 
-STEPS = 50
+STEPS = 40
 DEMO = Path(retrain.__file__).parent / "recipes" / "demo" / "demo.yaml"
 
 

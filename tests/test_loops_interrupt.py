@@ -13,9 +13,13 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
+from conftest import LISTEN_TO_CTRL_C
 from runs import hyperparameters, rl_config, sft_section
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
+
+
+MAIN = "from retrain.cli import main; main()"
 
 
 def start(config: dict[str, Any], tmp_path: Path) -> subprocess.Popen[str]:
@@ -23,7 +27,7 @@ def start(config: dict[str, Any], tmp_path: Path) -> subprocess.Popen[str]:
     with path.open("w") as file:
         YAML(typ="safe", pure=True).dump(config, file)
     return subprocess.Popen(
-        [sys.executable, "-c", "from retrain.cli import main; main()", "run", str(path)],
+        [sys.executable, "-c", f"{LISTEN_TO_CTRL_C}{MAIN}", "run", str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
