@@ -204,3 +204,65 @@ def test_switching_off_tools_that_are_not_there_is_refused(tmp_path: Path) -> No
     with pytest.raises(UserError, match="no tools to switch off"):
         retrain.run_sync(config)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_sees_the_future_is_refused() -> None:
+    from transformers import BertConfig, BertLMHeadModel
+
+    from retrain.models.forward import is_causal
+    from tiny import tiny_gpt2, tiny_qwen3
+
+    torch.manual_seed(0)
+    bert = BertLMHeadModel(
+        BertConfig(
+            vocab_size=50,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+        )
+    )
+    assert not is_causal(bert.eval())
+    assert is_causal(tiny_qwen3())
+    assert is_causal(tiny_gpt2())
+
+
+def test_two_tasks_of_one_id_in_a_step_are_refused() -> None:
+    from retrain.loops.rl import take_distinct
+    from retrain.types import Task, UserError
+
+    tasks = iter([(0, Task("a", ())), (0, Task("b", ())), (0, Task("a", ()))])
+    assert [task.id for _, task in take_distinct(tasks, 2)] == ["a", "b"]
+    with pytest.raises(UserError, match="two tasks have the id"):
+        take_distinct(iter([(0, Task("a", ())), (0, Task("a", ()))]), 2)
+
+
+def test_traces_with_calls_need_an_environment_with_tools() -> None:
+    from retrain.config import load_config
+    from retrain.data import Trace
+    from retrain.loops.sft import check_calls
+    from retrain.types import Message, MessageType, ToolCall, UserError
+
+    call = Message("", MessageType.MODEL, tool_calls=(ToolCall("python", {"code": "1"}),))
+    trace = Trace("t", (Message("x", MessageType.MESSAGE), call), place="t.jsonl, line 1")
+    config = {"model": {"name_or_path": "x"}, "sft": {"dataset": "t.jsonl"}}
+    with pytest.raises(UserError, match=r"t\.jsonl, line 1: it calls tools"):
+        check_calls([trace], load_config(config, only="sft"))
+    config["environment"] = {"type": "smolagent", "tools": ["python"]}
+    check_calls([trace], load_config(config, only="sft"))
+
+
+def test_an_evaluation_groups_by_a_column_that_is_there() -> None:
+    from retrain.config.data import ListSourceConfig
+    from retrain.config.stages import EvaluationConfig
+    from retrain.data import load_tasks
+    from retrain.loops.evaluate import check_groups
+    from retrain.types import UserError
+
+    source = ListSourceConfig(type="list", prompts=[{"prompt": "a", "kind": "k"}])
+    tasks = load_tasks(source, seed=0)
+    check_groups(tasks, EvaluationConfig(prompt_source=source, group_by="kind", exclude=["k"]))
+    with pytest.raises(UserError, match="no column 'form'"):
+        check_groups(tasks, EvaluationConfig(prompt_source=source, group_by="form"))
+    with pytest.raises(UserError, match="no task has kind = 'z'"):
+        check_groups(tasks, EvaluationConfig(prompt_source=source, group_by="kind", exclude=["z"]))

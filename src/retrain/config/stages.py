@@ -81,7 +81,14 @@ class EvaluationMode(Section):
     tools: bool = True
     """False: calls are answered with a message that the tools are switched off."""
     repeats: int = Field(1, ge=1)
-    """Rollouts per task."""
+    """Rollouts per task. The reported interval takes them for independent, which those of one task
+    are not quite."""
+
+    @model_validator(mode="after")
+    def _greedy_is_one_rollout(self) -> EvaluationMode:
+        if self.temperature == 0 and (self.repeats > 1 or self.top_p < 1 or self.top_k > 0):
+            raise ValueError("repeats, top_p and top_k do nothing at temperature 0: it is greedy")
+        return self
 
 
 def _default_modes() -> list[EvaluationMode]:

@@ -19,7 +19,7 @@ from retrain.engines.runners import Runner, make_runner
 from retrain.engines.sampling import UNIFORM_BLOCK, Uniforms, sample_tokens, truncate
 from retrain.engines.slots import SlotTable
 from retrain.engines.stops import StopRule
-from retrain.types import FinishReason
+from retrain.types import FinishReason, UserError
 
 FEED_LIMIT = 32
 """Longest context that is fed through decode steps, a token a step, rather than prefilled."""
@@ -349,7 +349,10 @@ class Scheduler:
         )
         self._vacate(job)
         if not finite:
-            return job, FloatingPointError("the policy's logits are not finite")
+            return job, UserError(
+                "the policy's logits are not finite: its weights have diverged",
+                "Lower the learning rate, or start from an earlier checkpoint.",
+            )
         return job, completion
 
     def _vacate(self, job: Job) -> None:

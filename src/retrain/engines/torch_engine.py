@@ -89,10 +89,9 @@ class TorchEngine:
         """Sample one continuation; see `Engine.generate`.
 
         Raises:
-            UserError: an empty prompt, a token id outside the vocabulary, or sampling
-                parameters that make no sense.
+            UserError: an empty prompt, a token id outside the vocabulary, sampling parameters
+                that make no sense, or logits that are not finite.
             InfrastructureError: the decode thread failed; its cause is chained.
-            FloatingPointError: the model's logits are not finite.
         """
         self._check(request)
         params = request.params

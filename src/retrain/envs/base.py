@@ -104,7 +104,8 @@ class Environment:
                 if step.stop is None and len(rollout.env_rewards) >= self.max_steps:
                     rollout.stop_reason = "max_steps"
         finally:
-            await self.finish(rollout)
+            with self._blamed("finish", rollout):
+                await self.finish(rollout)
         return rollout
 
     @contextmanager

@@ -176,7 +176,7 @@ def build_environment(
             stop_phrase=section.stop_phrase,
         )
     if isinstance(section, PythonEnvironmentConfig):
-        return _import_environment(section)
+        return import_environment(section)
     return Environment()
 
 
@@ -209,7 +209,7 @@ def _load_user(model: ModelConfig, config: TrainingConfig) -> UserModel:
     return UserModel(engine, Renderer(codec, make_template(policy.tokenizer)))
 
 
-def _import_environment(section: PythonEnvironmentConfig) -> Environment:
+def import_environment(section: PythonEnvironmentConfig) -> Environment:
     kind = import_object(section.path, "environment")
     if not (isinstance(kind, type) and issubclass(kind, Environment)):
         raise UserError(

@@ -13,8 +13,14 @@ from retrain.config.environment import (
 from retrain.config.load import resolve_stages
 from retrain.config.root import StageKind, TrainingConfig
 from retrain.data import load_tasks, load_traces
-from retrain.importing import import_object
-from retrain.loops.build import build_calculator, build_sandbox, build_tools
+from retrain.loops.build import (
+    build_calculator,
+    build_sandbox,
+    build_tools,
+    import_environment,
+)
+from retrain.loops.evaluate import check_groups, check_modes
+from retrain.loops.sft import check_calls
 from retrain.models.load import check_origin
 from retrain.rewards import RewardCalculator
 from retrain.types import UserError
@@ -54,6 +60,7 @@ def _sft(config: TrainingConfig) -> Iterator[str]:
     settings = config.sft
     assert settings is not None
     traces = load_traces(settings.dataset, params=settings.params)
+    check_calls(traces, config)
     steps = settings.steps or max(1, settings.epochs * len(traces) // settings.batch_size)
     yield f"traces: {len(traces)} from {settings.dataset}"
     yield f"{steps} steps of {settings.batch_size}, {settings.optimizer}, {_rate(settings)}"
@@ -80,7 +87,10 @@ def _eval(config: TrainingConfig, calculator: RewardCalculator) -> Iterator[str]
             f"evaluation.success_reward: there is no reward {settings.success_reward!r}",
             f"Rewards: {', '.join(names) or 'none'}.",
         )
-    yield from _block("tasks", load_tasks(settings.prompt_source, seed=config.seed).summary())
+    check_modes(settings.modes, config)
+    tasks = load_tasks(settings.prompt_source, seed=config.seed)
+    check_groups(tasks, settings)
+    yield from _block("tasks", tasks.summary())
     yield f"modes: {', '.join(mode.name for mode in settings.modes)}"
     judge = settings.success_reward or "the total reward"
     yield f"success: {judge} of at least {settings.success_threshold:g}"
@@ -97,7 +107,7 @@ def _environment(config: TrainingConfig) -> Iterator[str]:
     elif isinstance(section, DialogueConfig):
         yield f"  user: {section.user.type}; at most {section.max_turns} turns"
     elif isinstance(section, PythonEnvironmentConfig):
-        import_object(section.path, "environment")
+        import_environment(section)
         yield f"  {section.path}"
 
 

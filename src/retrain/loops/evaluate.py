@@ -10,13 +10,15 @@ from retrain.config.environment import ToolEnvironmentConfig
 from retrain.config.root import TrainingConfig
 from retrain.config.stages import EvaluationConfig, EvaluationMode
 from retrain.data import TaskSource, load_tasks
+from retrain.data.sources import TaskStream
 from retrain.engines import SamplingParams
 from retrain.loops.build import build_calculator, build_environment, build_renderer
 from retrain.loops.context import RunContext, check_prompts_fit
 from retrain.rewards import RewardCalculator
 from retrain.rollout import Sampler
+from retrain.tracking.progress import summary
 from retrain.tracking.report import EvaluationResult, transcript
-from retrain.types import Rollout, UserError
+from retrain.types import Rollout, Task, UserError
 
 EVALUATION_EPOCH = -1
 """The epoch in the seeds of evaluation rollouts: each task draws the same numbers in every
@@ -55,8 +57,9 @@ class EvalStage:
                 f"evaluation.success_reward: there is no reward {settings.success_reward!r}",
                 f"Rewards: {', '.join(names) or 'none'}.",
             )
-        _check_modes(settings.modes, config)
+        check_modes(settings.modes, config)
         tasks = load_tasks(settings.prompt_source, seed=config.seed)
+        check_groups(tasks, settings)
         renderer = build_renderer(config, context.policy)
         limit = settings.max_new_tokens or config.algorithm.hyperparameters.max_new_tokens
         samplers = [
@@ -80,6 +83,9 @@ class EvalStage:
         ]
         check_prompts_fit(tasks, samplers[0][1], "evaluation.prompt_source")
         return cls(name, config, settings, tasks, calculator, samplers)
+
+    def forget(self) -> None:
+        return None
 
     async def close(self) -> None:
         for _, sampler in self.samplers:
@@ -114,6 +120,8 @@ class EvalStage:
         context.run.log_metrics(stage, step, metrics)
         if report:
             context.results.extend(results)
+        else:
+            context.progress.line(f"{stage}, step {step}: {summary(metrics)}")
         return results
 
     def _result(
@@ -153,7 +161,25 @@ class EvalStage:
             context.run.write_text(name, transcript(rollout))
 
 
-def _check_modes(modes: Sequence[EvaluationMode], config: TrainingConfig) -> None:
+def check_groups(tasks: TaskSource, settings: EvaluationConfig) -> None:
+    """Every task has the column to group by, and every excluded value occurs, as far as the tasks
+    are known.
+
+    Raises:
+        UserError: one does not.
+    """
+    if settings.group_by is None or isinstance(tasks, TaskStream):
+        return
+    values = {_value_of(task, settings.group_by) for task in tasks.epoch(0)}
+    for value in settings.exclude:
+        if value not in values:
+            raise UserError(
+                f"evaluation.exclude: no task has {settings.group_by} = {value!r}",
+                f"Values: {', '.join(sorted(values))}.",
+            )
+
+
+def check_modes(modes: Sequence[EvaluationMode], config: TrainingConfig) -> None:
     environment = config.environment
     has_tools = isinstance(environment, ToolEnvironmentConfig) and bool(environment.tools)
     for mode in modes:
@@ -166,13 +192,15 @@ def _check_modes(modes: Sequence[EvaluationMode], config: TrainingConfig) -> Non
 
 
 def _group_value(rollout: Rollout, column: str | None) -> str | None:
-    if column is None or rollout.task is None:
-        return None
-    value = rollout.task.metadata.get(column)
+    return None if column is None or rollout.task is None else _value_of(rollout.task, column)
+
+
+def _value_of(task: Task, column: str) -> str:
+    value = task.metadata.get(column)
     if value is None:
         raise UserError(
-            f"evaluation.group_by: task {rollout.task.id} has no column {column!r}",
-            f"Columns: {', '.join(sorted(rollout.task.metadata)) or 'none'}.",
+            f"evaluation.group_by: task {task.id} has no column {column!r}",
+            f"Columns: {', '.join(sorted(task.metadata)) or 'none'}.",
         )
     return str(value)
 

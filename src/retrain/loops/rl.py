@@ -87,7 +87,7 @@ class RLStage:
         tasks = endless(self.tasks)
         for step in range(1, self.settings.steps + 1):
             started = time.perf_counter()
-            batch = [next(tasks) for _ in range(self.settings.prompts_per_step)]
+            batch = take_distinct(tasks, self.settings.prompts_per_step)
             groups = await self.sampler.groups(
                 batch, self.settings.group_size, self.calculator.score
             )
@@ -104,6 +104,10 @@ class RLStage:
 
             await self._write_down(step, groups, advantages, context)
         context.save_checkpoint(self.name, self.config)
+
+    def forget(self) -> None:
+        """Free what only training needs, the optimizer's state above all."""
+        self.learner.optimizers.clear()
 
     async def close(self) -> None:
         await self.sampler.environment.close()
@@ -154,6 +158,24 @@ def _warn_of_masked(groups: Sequence[Sequence[Rollout]], stage: str, step: int) 
             "%s step %d: %d of %d rollouts are masked; the first: %s",
             *(stage, step, len(errors), total, errors[0]),
         )
+
+
+def take_distinct(tasks: Iterator[tuple[int, Task]], count: int) -> list[tuple[int, Task]]:
+    """The next tasks.
+
+    Raises:
+        UserError: two of them have one id, which would mix their groups up.
+    """
+    batch = [next(tasks) for _ in range(count)]
+    seen: set[tuple[int, str]] = set()
+    for epoch, task in batch:
+        if (epoch, task.id) in seen:
+            raise UserError(
+                f"prompt_source: two tasks have the id {task.id!r}",
+                "Give each its own, or leave out prompt_source.id_column.",
+            )
+        seen.add((epoch, task.id))
+    return batch
 
 
 def endless(source: TaskSource) -> Iterator[tuple[int, Task]]:

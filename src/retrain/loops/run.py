@@ -78,6 +78,7 @@ async def run(
             context.begin(directory, progress)
             for stage in prepared:
                 await stage.execute(context)
+                stage.forget()
         _write_results(checked, context)
         _say_where(context)
     return RunResult(
@@ -109,7 +110,7 @@ def _write_results(config: TrainingConfig, context: RunContext) -> None:
                 "n": r.n,
                 "successes": r.successes,
                 "interval": list(r.interval),
-                "reward_mean": r.reward_mean,
+                "reward_mean": r.reward_mean if r.n else None,
                 "by_group": {k: list(v) for k, v in r.by_group.items()},
                 "excluded": list(r.excluded),
             }

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from retrain.config.environment import ToolEnvironmentConfig
 from retrain.config.root import TrainingConfig
 from retrain.config.stages import SFTConfig
 from retrain.data import Trace, load_traces
@@ -50,6 +51,7 @@ class SFTStage:
         renderer = build_renderer(config, context.policy)
         tools = [tool_schema(tool) for tool in build_tools(config, context.sandbox)]
         traces = load_traces(settings.dataset, params=settings.params)
+        check_calls(traces, config)
         _check_fit(traces, renderer, tools, context.engine.context_limit)
         steps = settings.steps or max(1, settings.epochs * len(traces) // settings.batch_size)
         learner = build_learner(settings, context.policy, total_updates=steps)
@@ -73,6 +75,10 @@ class SFTStage:
             if every is not None and step % every == 0 and step < self.steps:
                 context.save_checkpoint(self.name, self.config, step)
         context.save_checkpoint(self.name, self.config)
+
+    def forget(self) -> None:
+        """Free what only training needs, the optimizer's state above all."""
+        self.learner.optimizers.clear()
 
     async def close(self) -> None:
         return None
@@ -116,7 +122,7 @@ def _check_fit(
     traces: Sequence[Trace], renderer: Renderer, tools: Sequence[ToolSchema], limit: int
 ) -> None:
     """Warn of traces that are too long, which are left out; refuse when the shortest is."""
-    by_size = sorted(traces, key=lambda t: sum(len(m.content) for m in t.messages))
+    by_size = sorted(traces, key=_characters)
     shortest = max(map(len, trace_samples(by_size[0], renderer, tools)), default=0)
     if shortest > limit:
         raise UserError(
@@ -126,6 +132,30 @@ def _check_fit(
     longest = max(map(len, trace_samples(by_size[-1], renderer, tools)), default=0)
     if longest > limit:
         logger.warning("sequences over the context limit of %d tokens are left out", limit)
+
+
+def _characters(trace: Trace) -> int:
+    return sum(
+        len(m.content) + len(m.reasoning or "") + sum(len(str(c.arguments)) for c in m.tool_calls)
+        for m in trace.messages
+    )
+
+
+def check_calls(traces: Sequence[Trace], config: TrainingConfig) -> None:
+    """Refuse traces that call tools where nothing says how a call is written.
+
+    Raises:
+        UserError: names the first such trace.
+    """
+    environment = config.environment
+    if isinstance(environment, ToolEnvironmentConfig) and environment.tools:
+        return
+    for trace in traces:
+        if any(message.tool_calls for message in trace.messages):
+            raise UserError(
+                f"{trace.place or trace.id}: it calls tools, but the environment has none",
+                "Set environment.type: smolagent, list its tools, and choose a tool_format.",
+            )
 
 
 class SFTTrainer:

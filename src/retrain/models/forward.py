@@ -89,6 +89,19 @@ def last_logits(model: nn.Module, input_ids: Tensor, last: Tensor) -> Tensor:
     return full_logits(model, input_ids)[rows, last]
 
 
+def is_causal(model: nn.Module) -> bool:
+    """Whether a token's logits are untouched by the tokens after it; tried on two sequences."""
+    device = next(model.parameters()).device
+    vocab = unwrap(model).get_input_embeddings().weight.shape[0]
+    first = torch.arange(1, 9, device=device).remainder(vocab).unsqueeze(0)
+    second = first.clone()
+    second[:, 5:] = (first[:, 5:] + vocab // 2).remainder(vocab)
+    with evaluating(model), torch.no_grad():
+        a, b = (full_logits(model, ids)[:, :5].float() for ids in (first, second))
+    tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 1e-2
+    return bool((a - b).abs().max() <= tolerance * a.abs().max())
+
+
 def splits_exactly(model: nn.Module) -> bool:
     """Whether decoder and head together give the model's own logits; found out once."""
     if model not in _splits:

@@ -15,6 +15,7 @@ from torch import nn
 
 from retrain.config.model import FromScratch, LoraConfig, ModelConfig, TokenizerFromScratch
 from retrain.importing import import_object, suggest
+from retrain.models.forward import is_causal, unwrap
 from retrain.models.tokenizer import train_tokenizer
 from retrain.types import UserError
 
@@ -38,7 +39,8 @@ def load_policy(config: ModelConfig, *, seed: int = 0) -> Policy:
     engine sampled from.
 
     Raises:
-        UserError: no such model, no tokenizer, unknown LoRA targets, or unsloth not installed.
+        UserError: no such model, no tokenizer, a model that is not causal, unknown LoRA targets,
+            or unsloth not installed.
     """
     if config.from_scratch is not None:
         model, tokenizer = _from_scratch(config.from_scratch, _dtype(config.torch_dtype), seed)
@@ -52,6 +54,12 @@ def load_policy(config: ModelConfig, *, seed: int = 0) -> Policy:
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     model.to(_device(config.device))
+    if not is_causal(model):
+        raise UserError(
+            f"{type(unwrap(model)).__name__} lets a token see those after it: it is no causal "
+            "language model",
+            "Choose a decoder-only model.",
+        )
     return Policy(model, tokenizer, _base(config))
 
 
@@ -121,7 +129,8 @@ def _from_scratch(spec: FromScratch, dtype: torch.dtype | str, seed: int) -> tup
         vocab_size=spec.tokenizer.vocab_size,
         special_tokens=spec.tokenizer.special_tokens,
     )
-    if spec.config.get("vocab_size", len(tokenizer)) < len(tokenizer):
+    vocab_size = spec.config.get("vocab_size", len(tokenizer))
+    if not isinstance(vocab_size, int) or vocab_size < len(tokenizer):
         raise UserError(
             f"model.from_scratch.config: vocab_size is {spec.config['vocab_size']}; "
             f"the tokenizer has {len(tokenizer)} entries",
@@ -290,9 +299,8 @@ def _switch_off_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout) and module.p > 0:
             module.p = 0.0
             changed += 1
-        for name in ("attention_dropout", "attn_dropout"):
-            value = module.__dict__.get(name)
-            if isinstance(value, float) and value > 0:
+        for name, value in list(vars(module).items()):
+            if "drop" in name and isinstance(value, float) and value > 0:
                 module.__dict__[name] = 0.0
                 changed += 1
     if changed:

@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from retrain.models.load import Policy
 from retrain.types import UserError
 
@@ -32,9 +34,10 @@ def save_policy(policy: Policy, directory: Path, *, merge_lora: bool = False) ->
         if directory.exists():
             shutil.rmtree(directory)
         beside.rename(directory)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"checkpoint {directory} cannot be written: {error.strerror or error}",
+            f"checkpoint {directory} cannot be written: {reason}",
             "Free some space, or choose another output_dir.",
         ) from error
     finally:
