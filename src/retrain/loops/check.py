@@ -12,18 +12,17 @@ from retrain.config.environment import (
 )
 from retrain.config.load import resolve_stages
 from retrain.config.root import StageKind, TrainingConfig
-from retrain.data import load_tasks, load_traces
+from retrain.data import load_tasks
 from retrain.loops.build import (
     build_calculator,
     build_sandbox,
     build_tools,
     import_environment,
 )
-from retrain.loops.evaluate import check_groups, check_modes
-from retrain.loops.sft import check_calls
+from retrain.loops.evaluate import held_out_tasks
+from retrain.loops.sft import traces_and_steps
 from retrain.models.load import check_origin
 from retrain.rewards import RewardCalculator
-from retrain.types import UserError
 
 
 def check(config: TrainingConfig) -> str:
@@ -59,9 +58,7 @@ def _describe(kind: StageKind, config: TrainingConfig) -> Iterator[str]:
 def _sft(config: TrainingConfig) -> Iterator[str]:
     settings = config.sft
     assert settings is not None
-    traces = load_traces(settings.dataset, params=settings.params)
-    check_calls(traces, config)
-    steps = settings.steps or max(1, settings.epochs * len(traces) // settings.batch_size)
+    traces, steps = traces_and_steps(config, settings)
     yield f"traces: {len(traces)} from {settings.dataset}"
     yield f"{steps} steps of {settings.batch_size}, {settings.optimizer}, {_rate(settings)}"
 
@@ -81,15 +78,7 @@ def _rl(config: TrainingConfig) -> Iterator[str]:
 def _eval(config: TrainingConfig, calculator: RewardCalculator) -> Iterator[str]:
     settings = config.evaluation
     assert settings is not None
-    names = [spec.name for spec in calculator.specs]
-    if settings.success_reward is not None and settings.success_reward not in names:
-        raise UserError(
-            f"evaluation.success_reward: there is no reward {settings.success_reward!r}",
-            f"Rewards: {', '.join(names) or 'none'}.",
-        )
-    check_modes(settings.modes, config)
-    tasks = load_tasks(settings.prompt_source, seed=config.seed)
-    check_groups(tasks, settings)
+    tasks = held_out_tasks(config, settings, calculator)
     yield from _block("tasks", tasks.summary())
     yield f"modes: {', '.join(mode.name for mode in settings.modes)}"
     judge = settings.success_reward or "the total reward"

@@ -51,15 +51,7 @@ class EvalStage:
         settings = config.evaluation
         assert settings is not None
         calculator = build_calculator(config.reward_setup)
-        names = [spec.name for spec in calculator.specs]
-        if settings.success_reward is not None and settings.success_reward not in names:
-            raise UserError(
-                f"evaluation.success_reward: there is no reward {settings.success_reward!r}",
-                f"Rewards: {', '.join(names) or 'none'}.",
-            )
-        check_modes(settings.modes, config)
-        tasks = load_tasks(settings.prompt_source, seed=config.seed)
-        check_groups(tasks, settings)
+        tasks = held_out_tasks(config, settings, calculator)
         renderer = build_renderer(config, context.policy)
         limit = settings.max_new_tokens or config.algorithm.hyperparameters.max_new_tokens
         samplers = [
@@ -159,6 +151,26 @@ class EvalStage:
         for index, rollout in enumerate(rollouts[: self.config.tracking.transcripts]):
             name = f"transcripts/{stage}-{_file_name(mode.name)}-{index + 1}.txt"
             context.run.write_text(name, transcript(rollout))
+
+
+def held_out_tasks(
+    config: TrainingConfig, settings: EvaluationConfig, calculator: RewardCalculator
+) -> TaskSource:
+    """The tasks of an evaluation, with everything checked that can be without the policy.
+
+    Raises:
+        UserError: bad data, a success that no reward decides, or keys that do not fit.
+    """
+    names = [spec.name for spec in calculator.specs]
+    if settings.success_reward is not None and settings.success_reward not in names:
+        raise UserError(
+            f"evaluation.success_reward: there is no reward {settings.success_reward!r}",
+            f"Rewards: {', '.join(names) or 'none'}.",
+        )
+    check_modes(settings.modes, config)
+    tasks = load_tasks(settings.prompt_source, seed=config.seed)
+    check_groups(tasks, settings)
+    return tasks
 
 
 def check_groups(tasks: TaskSource, settings: EvaluationConfig) -> None:

@@ -50,10 +50,8 @@ class SFTStage:
         assert settings is not None
         renderer = build_renderer(config, context.policy)
         tools = [tool_schema(tool) for tool in build_tools(config, context.sandbox)]
-        traces = load_traces(settings.dataset, params=settings.params)
-        check_calls(traces, config)
+        traces, steps = traces_and_steps(config, settings)
         _check_fit(traces, renderer, tools, context.engine.context_limit)
-        steps = settings.steps or max(1, settings.epochs * len(traces) // settings.batch_size)
         learner = build_learner(settings, context.policy, total_updates=steps)
         return cls(name, config, settings, traces, renderer, learner, steps, tools)
 
@@ -139,6 +137,18 @@ def _characters(trace: Trace) -> int:
         len(m.content) + len(m.reasoning or "") + sum(len(str(c.arguments)) for c in m.tool_calls)
         for m in trace.messages
     )
+
+
+def traces_and_steps(config: TrainingConfig, settings: SFTConfig) -> tuple[list[Trace], int]:
+    """What an SFT stage trains on, and how many steps it takes.
+
+    Raises:
+        UserError: bad data, or traces that call tools where there are none.
+    """
+    traces = load_traces(settings.dataset, params=settings.params)
+    check_calls(traces, config)
+    epochs = settings.epochs * len(traces) // settings.batch_size
+    return traces, settings.steps or max(1, epochs)
 
 
 def check_calls(traces: Sequence[Trace], config: TrainingConfig) -> None:
