@@ -111,8 +111,8 @@ def _tag(model: type[Section]) -> str | None:
     field = model.model_fields.get("type")
     if field is None or get_origin(field.annotation) is not Literal:
         return None
-    (tag,) = get_args(field.annotation)
-    return str(tag)
+    values = get_args(field.annotation)
+    return str(values[0]) if len(values) == 1 else None
 
 
 def _about(model: type[Section]) -> str | None:

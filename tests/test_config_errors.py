@@ -117,7 +117,7 @@ def test_discriminated_unions(path: str, value: object, expected: str) -> None:
         ("algorithm.name", "ppo", "algorithm 'ppo' is not built; the one there is: grpo"),
         ("algorithm.backend", "verl", "backend 'verl' is not built; the one there is: torch"),
         ("engine.type", "vllm", "engine.type: engine 'vllm' is not built"),
-        ("sandbox.type", "jail", "sandbox.type: sandbox 'jail' is not built; there are: auto, "),
+        ("sandbox.type", "docker", "sandbox.type: input should be 'auto', 'jail', "),
         ("distillation", {}, "section distillation is not built; remove it"),
         ("distillation", None, "section distillation is not built; remove it"),
         ("model.from_scratch", SCRATCH, "model: set exactly one of name_or_path and from_scratch"),

@@ -17,6 +17,7 @@ from retrain import Message, MessageType, Rollout, load_config, run_sync
 from retrain.cli import app
 from retrain.data import load_traces
 from retrain.loops.build import build_calculator
+from retrain.sandbox import MontySandbox
 
 ROOT = Path(__file__).parents[1]
 YAMLS = sorted(
@@ -76,7 +77,7 @@ async def poem_reward(text: str) -> Rollout:
     rollout.add_messages(
         Message("A poem, please.", MessageType.MESSAGE), Message(text, MessageType.MODEL)
     )
-    await build_calculator(setup).score([rollout])
+    await build_calculator(setup, MontySandbox()).score([rollout])
     return rollout
 
 

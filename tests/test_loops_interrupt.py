@@ -15,6 +15,7 @@ from ruamel.yaml import YAML
 
 from conftest import LISTEN_TO_CTRL_C
 from runs import hyperparameters, rl_config, sft_section
+from sandboxes import descendants, is_running
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads /proc")
 
@@ -73,8 +74,9 @@ def test_ctrl_c(stage: str, tmp_path: Path) -> None:
         metrics = tmp_path / "runs" / "t-001" / "metrics.jsonl"
         rows = 5 if stage == "sft" else 30
         assert wait_for(lambda: metrics.exists() and metrics.read_text().count("\n") >= rows, 60)
+        workers = descendants(process.pid)
         if stage == "rl":
-            assert len(session_members(process.pid)) > 1, "the sandbox has worker processes"
+            assert workers, "the sandbox has processes of its own"
         os.kill(process.pid, signal.SIGINT)
         started = time.monotonic()
         stdout, stderr = process.communicate(timeout=20)
@@ -83,6 +85,7 @@ def test_ctrl_c(stage: str, tmp_path: Path) -> None:
         assert stderr == "interrupted\n"
         assert "run directory: " in stdout
         assert wait_for(lambda: not session_members(process.pid), 5), session_members(process.pid)
+        assert wait_for(lambda: not any(map(is_running, workers)), 5)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)

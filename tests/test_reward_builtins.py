@@ -243,41 +243,6 @@ def test_math_equivalence_survives_an_expression_without_end():
     assert value("math_equivalence", r"\boxed{4}", answer="2+2", timeout_s=60.0) == 1
 
 
-ADD = "Here:\n```python\ndef add(a, b):\n    return a + b\n```"
-WRONG = "```python\ndef add(a, b):\n    return a - b\n```"
-PAIRS = [{"call": "add(2, 3)", "expected": 5}, {"call": "add(2, 0)", "expected": 2}]
-
-
-@pytest.mark.parametrize(
-    ("text", "params", "expected"),
-    [
-        (ADD, {"tests": PAIRS}, 1),
-        (WRONG, {"tests": PAIRS}, 0),
-        (WRONG, {"tests": PAIRS, "partial": True}, 0.5),
-        (ADD, {"tests": ["assert add(2, 3) == 5"]}, 1),
-        (WRONG, {"tests": "assert add(2, 3) == 5"}, 0),
-        (ADD, {"tests": [{"call": "[add(1, 1), True, 0.1 + 0.2]", "expected": [2, True, 0.3]}]}, 1),
-        (ADD, {"tests": [{"call": "1 == 1", "expected": 1}]}, 0),
-        ("<code>def add(a, b): return a + b</code>", {"tests": PAIRS, "tag": "code"}, 1),
-        ("no code", {"tests": PAIRS}, 0),
-        ("```python\n1 / 0\n```", {"tests": ["x = 1"]}, 0),
-        ("```python\nprint(5)\n```", {"tests": PAIRS}, 0),
-    ],
-)
-def test_code_passes_tests(text, params, expected):
-    assert value("code_passes_tests", text, **params) == expected
-
-
-def test_code_passes_tests_of_the_task():
-    rollout = rollout_saying(ADD)
-    assert rollout.task is not None
-    rollout.task.metadata["tests"] = PAIRS
-    assert asyncio.run(REWARDS["code_passes_tests"](rollout)) == 1.0
-    rollout.task.metadata.clear()
-    with pytest.raises(ValueError, match="tests"):
-        asyncio.run(REWARDS["code_passes_tests"](rollout))
-
-
 def test_verifiers():
     assert VERIFIERS["is_not_empty"](rollout_saying("x"))
     assert not VERIFIERS["is_not_empty"](rollout_saying("x", " \n"))
@@ -313,7 +278,6 @@ BAD_PARAMS = [
     ("tool_calls", {"min_calls": 3, "max_calls": 2}, "above"),
     ("tool_calls", {"status": "good"}, "tool_error"),
     ("math_equivalence", {"timeout_s": 0}, "timeout_s"),
-    ("code_passes_tests", {"tests": [{"call": "f()"}]}, "exactly the keys"),
     ("f1", {"taag": "answer"}, "valid parameters: tag, pattern, scope"),
 ]
 

@@ -320,11 +320,14 @@ async def test_python_tool_is_a_prompt_with_state() -> None:
     assert shown[4][1].endswith("Variables of earlier calls are lost.")
     assert shown[5] == ("model_error", "NameError: name 'x' is not defined")
     assert shown[6] == ("ok", "'🙂'")
-    whole = PythonTool(sandbox, stateful=False, full_traceback=True)
+    afresh = MontySandbox(stateful=False)
+    whole = PythonTool(afresh, full_traceback=True)
+    assert whole.description.endswith("Every call starts afresh.")
     calls = [ToolCall("python", {"code": code}) for code in ("y = 1", "y")]
     assert "Traceback" in (await run([whole], *calls))[1].text
     assert (await run([whole], ToolCall("python", {})))[0].text == "argument 'code' is missing"
     await sandbox.close()
+    await afresh.close()
 
 
 def test_the_last_line_of_a_traceback() -> None:

@@ -130,6 +130,20 @@ def eval_command(
         _run(config, _overrides(overrides, output_dir), only="eval")
 
 
+@app.command()
+def doctor(
+    sandbox_url: Annotated[
+        str | None, typer.Option(help="Also try a server that speaks SandboxFusion's /run_code.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Say what works on this machine: which sandboxes, and how to get a stronger one."""
+    with _errors(debug):
+        from retrain.sandbox.doctor import report
+
+        typer.echo(asyncio.run(report(sandbox_url)))
+
+
 def main() -> None:
     app()
 

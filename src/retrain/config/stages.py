@@ -30,23 +30,31 @@ class EngineConfig(Section):
 
 
 class SandboxConfig(Section):
-    type: str = "auto"
-    """`auto` and `monty` are the same today: an interpreter for a subset of Python."""
+    type: Literal["auto", "jail", "monty", "http"] = "auto"
+    """`jail`: full Python in confined processes, on Linux; `monty`: an interpreter for a subset of
+    Python, anywhere; `http`: a server that speaks SandboxFusion's `/run_code`; `auto`: the jail
+    where its self-test passes, else Monty. `retrain doctor` says what works here."""
     timeout_s: float = Field(5.0, gt=0)
-    """Running time of one call."""
+    """Running time of one call; waiting for its turn is not counted."""
     memory_mb: int = Field(256, ge=1)
-    """Of one session."""
+    """Of one session, beyond what is loaded before it starts."""
     max_output_chars: int = Field(4000, ge=16)
     """Of one call's output; the middle is left out."""
     max_concurrency: int = Field(64, ge=1)
-    """Sessions at the same time; further ones wait."""
-
-    @field_validator("type")
-    @classmethod
-    def _built(cls, value: str) -> str:
-        if value not in ("auto", "monty"):
-            raise ValueError(f"sandbox {value!r} is not built; there are: auto, monty")
-        return value
+    """Calls that run at the same time; further ones wait their turn."""
+    stateful: bool = True
+    """Variables last over a rollout's calls; `http` cannot."""
+    packages: list[str] | None = None
+    """Third-party packages that code can import, loaded before the first session: by default numpy
+    and sympy in the jail, none elsewhere. Fewer start faster."""
+    files: dict[str, str] = Field(default_factory=dict)
+    """Name in the code's working directory: local path of a file it may read."""
+    writable: bool = False
+    """The jail gives each session a file system of its own in memory, of `memory_mb` at most."""
+    bubblewrap: bool = False
+    """Run the jail inside bubblewrap (`bwrap`), which has to be installed."""
+    url: str | None = None
+    """Of the server, for `http`."""
 
 
 class CheckpointConfig(Section):

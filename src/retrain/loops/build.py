@@ -55,6 +55,7 @@ from retrain.rewards import (
     RewardSpec,
     resolve_reward,
     resolve_verifier,
+    takes_sandbox,
 )
 from retrain.rollout import ModelUser
 from retrain.sandbox import Sandbox, make_sandbox
@@ -121,14 +122,43 @@ def _model_stop_tokens(policy: Policy) -> list[int]:
 
 
 def build_sandbox(config: TrainingConfig) -> Sandbox:
-    sandbox = config.sandbox
+    """Nothing starts yet. What the config leaves at its default is not asked for.
+
+    Raises:
+        UserError: the config asks for more than its sandbox can do.
+    """
+    section = config.sandbox
+    wishes = {
+        "packages": section.packages,
+        "files": section.files or None,
+        "writable": section.writable or None,
+        "bubblewrap": section.bubblewrap or None,
+        "url": section.url,
+    }
     return make_sandbox(
-        sandbox.type,
-        timeout_s=sandbox.timeout_s,
-        memory_mb=sandbox.memory_mb,
-        max_output_chars=sandbox.max_output_chars,
-        max_concurrency=sandbox.max_concurrency,
+        section.type,
+        timeout_s=section.timeout_s,
+        memory_mb=section.memory_mb,
+        max_output_chars=section.max_output_chars,
+        max_concurrency=section.max_concurrency,
+        stateful=section.stateful,
+        **{name: wish for name, wish in wishes.items() if wish is not None},
     )
+
+
+def runs_code(config: TrainingConfig) -> bool:
+    """Whether code that the model writes will run: by the python tool, or by a reward."""
+    environment, setup = config.environment, config.reward_setup
+    if isinstance(environment, ToolEnvironmentConfig) and any(
+        tool.name == "python" for tool in environment.tool_list()
+    ):
+        return True
+    rewards: list[tuple[RewardKind, str, RewardConfig]] = [
+        *(("step", k, c) for k, c in setup.step_reward_configs.items()),
+        *(("rollout", k, c) for k, c in setup.rollout_reward_configs.items()),
+        *(("group", k, c) for k, c in setup.group_reward_configs.items()),
+    ]
+    return any(takes_sandbox(resolve_reward(c.function or k, kind)) for kind, k, c in rewards)
 
 
 def build_tools(config: TrainingConfig, sandbox: Sandbox) -> list[Tool]:
@@ -225,16 +255,16 @@ def import_environment(section: PythonEnvironmentConfig) -> Environment:
         ) from error
 
 
-def build_calculator(setup: RewardSetup) -> RewardCalculator:
-    """The reward set-up with every name resolved.
+def build_calculator(setup: RewardSetup, sandbox: Sandbox) -> RewardCalculator:
+    """The reward set-up with every name resolved; rewards that run code share `sandbox`.
 
     Raises:
         UserError: unknown reward or verifier, or parameters that do not fit.
     """
     specs = [
-        *(_spec(k, c, "step") for k, c in setup.step_reward_configs.items()),
-        *(_spec(k, c, "rollout") for k, c in setup.rollout_reward_configs.items()),
-        *(_spec(k, c, "group") for k, c in setup.group_reward_configs.items()),
+        *(_spec(k, c, "step", sandbox) for k, c in setup.step_reward_configs.items()),
+        *(_spec(k, c, "rollout", sandbox) for k, c in setup.rollout_reward_configs.items()),
+        *(_spec(k, c, "group", sandbox) for k, c in setup.group_reward_configs.items()),
     ]
     return RewardCalculator(
         specs,
@@ -245,16 +275,25 @@ def build_calculator(setup: RewardSetup) -> RewardCalculator:
     )
 
 
-def _spec(key: str, config: RewardConfig, kind: RewardKind) -> RewardSpec:
+def _spec(key: str, config: RewardConfig, kind: RewardKind, sandbox: Sandbox) -> RewardSpec:
     strategy: DistributionStrategy = "last_step"
     if isinstance(config, RolloutRewardConfig):
         strategy = config.distribution_strategy
+    function = resolve_reward(config.function or key, kind)
+    params: dict[str, Any] = dict(config.params)
+    if takes_sandbox(function):
+        if "sandbox" in params:
+            raise UserError(
+                f"reward '{key}': params.sandbox is set, but the reward gets the run's sandbox",
+                "remove it, and set the section sandbox",
+            )
+        params["sandbox"] = sandbox
     return RewardSpec(
         name=key,
-        function=resolve_reward(config.function or key, kind),
+        function=function,
         kind=kind,
         weight=config.weight,
-        params=config.params,
+        params=params,
         verifiers=tuple((name, resolve_verifier(name)) for name in config.verifiers),
         verifier_penalty=config.verifier_penalty,
         distribution_strategy=strategy,

@@ -12,12 +12,14 @@ from retrain.config.environment import (
 )
 from retrain.config.load import resolve_stages
 from retrain.config.root import StageKind, TrainingConfig
+from retrain.config.stages import SandboxConfig
 from retrain.data import load_tasks
 from retrain.loops.build import (
     build_calculator,
     build_sandbox,
     build_tools,
     import_environment,
+    runs_code,
 )
 from retrain.loops.evaluate import held_out_tasks
 from retrain.loops.sft import traces_and_steps
@@ -49,9 +51,11 @@ def _describe(kind: StageKind, config: TrainingConfig) -> Iterator[str]:
     if kind == "sft":
         yield from _sft(config)
         return
-    calculator = build_calculator(config.reward_setup)
+    calculator = build_calculator(config.reward_setup, build_sandbox(config))
     yield from _rl(config) if kind == "rl" else _eval(config, calculator)
     yield from _environment(config)
+    if runs_code(config):
+        yield _sandbox(config.sandbox)
     yield from _rewards(calculator)
 
 
@@ -98,6 +102,13 @@ def _environment(config: TrainingConfig) -> Iterator[str]:
     elif isinstance(section, PythonEnvironmentConfig):
         import_environment(section)
         yield f"  {section.path}"
+
+
+def _sandbox(section: SandboxConfig) -> str:
+    return (
+        f"sandbox: {section.type} (retrain doctor says what works here), {section.timeout_s:g} s a "
+        f"call, {section.memory_mb} MB a session, {section.max_concurrency} calls at once"
+    )
 
 
 def _rewards(calculator: RewardCalculator) -> Iterator[str]:

@@ -50,7 +50,7 @@ class EvalStage:
         """
         settings = config.evaluation
         assert settings is not None
-        calculator = build_calculator(config.reward_setup)
+        calculator = build_calculator(config.reward_setup, context.sandbox)
         tasks = held_out_tasks(config, settings, calculator)
         renderer = build_renderer(config, context.policy)
         limit = settings.max_new_tokens or config.algorithm.hyperparameters.max_new_tokens

@@ -76,7 +76,7 @@ class RLStage:
             config=config,
             settings=settings,
             tasks=tasks,
-            calculator=build_calculator(config.reward_setup),
+            calculator=build_calculator(config.reward_setup, context.sandbox),
             sampler=sampler,
             learner=learner,
             evaluation=EvalStage.prepare(f"{name}-eval", config, context) if during else None,

@@ -12,7 +12,7 @@ from typing import Any
 
 from retrain.config.load import dump_yaml, load_config, resolve_stages
 from retrain.config.root import StageKind, TrainingConfig
-from retrain.loops.build import build_engine, build_sandbox
+from retrain.loops.build import build_engine, build_sandbox, runs_code
 from retrain.loops.context import RunContext
 from retrain.loops.evaluate import EvalStage
 from retrain.loops.rl import RLStage
@@ -71,6 +71,8 @@ async def run(
         for name, kind, stage_config in stages:
             prepared.append(STAGES[kind].prepare(name, stage_config, context))
             closing.push_async_callback(prepared[-1].close)
+        if any(kind != "sft" and runs_code(stage) for _, kind, stage in stages):
+            await context.sandbox.start()
         directory = RunDirectory.create(checked.output_dir, checked.experiment_name)
         directory.write_text("config.yaml", dump_yaml(checked))
         with Progress(checked.tracking.progress) as progress:

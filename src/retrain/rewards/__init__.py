@@ -18,6 +18,7 @@ from retrain.rewards.base import (
     per_step,
     reward,
     reward_info,
+    takes_sandbox,
     verifier,
 )
 from retrain.rewards.calculator import OnError, RewardCalculator
@@ -53,6 +54,7 @@ __all__ = [
     "resolve_verifier",
     "reward",
     "reward_info",
+    "takes_sandbox",
     "verifier",
 ]
 

@@ -8,6 +8,11 @@ Call shapes, each sync or async, with keyword parameters from the config:
   `rollout.messages[rollout.model_messages[step]]`
 - group reward: `f(rollouts, **params) -> list[float]`, one number per rollout, in order
 
+A reward with a keyword parameter named `sandbox` gets the run's `retrain.sandbox.Sandbox` (section
+`sandbox` of the config) in it:
+
+    async def runs(rollout: Rollout, *, sandbox: Sandbox) -> float: ...
+
 The decorators only attach a mark; a function without one works as well when it is named by its
 import path. The mark lets the set-up be refused early (wrong kind, impossible parameters) and
 lets `retrain check` compare a verifier's penalty with the reward's range.
@@ -95,6 +100,14 @@ def is_reward(function: Callable[..., Any]) -> bool:
 
 def is_verifier(function: Callable[..., Any]) -> bool:
     return getattr(function, _VERIFIER_MARK, False) is True
+
+
+def takes_sandbox(function: Callable[..., Any]) -> bool:
+    """Whether a reward has a parameter named `sandbox`, which gets the run's."""
+    try:
+        return "sandbox" in inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 def bind_parameters(

@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
-from retrain.sandbox.base import Result, Sandbox, SandboxUnavailable, Session, Status
+from retrain.sandbox.auto import AutoSandbox
+from retrain.sandbox.base import (
+    Capabilities,
+    Result,
+    Sandbox,
+    SandboxUnavailable,
+    Session,
+    Status,
+)
+from retrain.sandbox.http.sandbox import HttpSandbox
+from retrain.sandbox.jail.sandbox import JailSandbox
 from retrain.sandbox.monty import MontySandbox
 from retrain.types import UserError
 
 __all__ = [
+    "AutoSandbox",
+    "Capabilities",
+    "HttpSandbox",
+    "JailSandbox",
     "MontySandbox",
     "Result",
     "Sandbox",
@@ -19,26 +34,49 @@ __all__ = [
     "make_sandbox",
 ]
 
-_BUILT_IN = {"auto": MontySandbox, "monty": MontySandbox}
-_PLANNED = ("jail", "http")
+BUILT_IN: dict[str, Callable[..., Sandbox]] = {
+    "jail": JailSandbox,
+    "monty": MontySandbox,
+    "http": HttpSandbox,
+}
 
 
 def make_sandbox(type: str = "auto", **params: Any) -> Sandbox:
-    """Build a sandbox by name. "auto" is "monty", the one that needs nothing but a package.
+    """Build a sandbox by name; nothing starts yet.
+
+    `auto` is the jail where it works, else Monty if that can do what `params` ask for.
 
     Raises:
-        UserError: no such sandbox, or a parameter that it does not take.
+        UserError: no such sandbox, or something that it cannot do.
     """
-    if type in _PLANNED:
-        raise UserError(f"sandbox type '{type}' is not built yet", "use sandbox type: monty")
-    if type not in _BUILT_IN:
-        known = ", ".join(sorted(_BUILT_IN))
+    if type == "auto":
+        _refuse_unknown("auto", params, JailSandbox)
+        candidates: dict[str, Sandbox] = {"jail": JailSandbox(**params)}
+        if set(params) <= set(inspect.signature(MontySandbox).parameters):
+            candidates["monty"] = MontySandbox(**params)
+        return AutoSandbox(candidates)
+    if type not in BUILT_IN:
+        known = ", ".join(["auto", *BUILT_IN])
         raise UserError(f"there is no sandbox type '{type}'", f"use one of: {known}")
-    accepted = inspect.signature(_BUILT_IN[type]).parameters
+    _refuse_unknown(type, params, BUILT_IN[type])
+    if type == "http" and "url" not in params:
+        raise UserError("sandbox type 'http' needs sandbox.url", "give the server's address")
+    return BUILT_IN[type](**params)
+
+
+def _refuse_unknown(type: str, params: dict[str, Any], made_by: Callable[..., Sandbox]) -> None:
+    accepted = inspect.signature(made_by).parameters
     for name in params:
-        if name not in accepted:
+        if name in accepted:
+            continue
+        able = [
+            other for other in BUILT_IN if name in inspect.signature(BUILT_IN[other]).parameters
+        ]
+        if able:
             raise UserError(
-                f"sandbox type '{type}' has no parameter '{name}'",
-                f"it takes: {', '.join(accepted)}",
+                f"sandbox type '{type}' has no '{name}'",
+                f"leave sandbox.{name} out, or use sandbox type: {' or '.join(able)}",
             )
-    return _BUILT_IN[type](**params)
+        raise UserError(
+            f"sandbox type '{type}' has no parameter '{name}'", f"it takes: {', '.join(accepted)}"
+        )

@@ -10,14 +10,26 @@ https://github.com/pydantic/monty
 
 from __future__ import annotations
 
-import ast
 import asyncio
 import atexit
 import time
 from typing import TYPE_CHECKING, Literal
 
-from retrain.sandbox.base import Result, SandboxUnavailable, Status
+from retrain.sandbox.base import (
+    ALIVE,
+    OUT_OF_MEMORY,
+    OVER_AFTER,
+    Capabilities,
+    Result,
+    SandboxUnavailable,
+    Status,
+    check_limits,
+    out_of_time,
+    over,
+)
+from retrain.sandbox.last_expression import assign_last_expression
 from retrain.sandbox.output import BoundedText, cut_middle
+from retrain.sandbox.per_loop import PerLoop
 from retrain.types import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +43,8 @@ MODULES = (
 """What code in the sandbox can import."""
 
 MAX_CODE_CHARS = 100_000
+MAX_SESSIONS = 256
+"""Open at once: each holds a worker. Another one waits up to 10 s for one to end."""
 
 _EXIT_GRACE_S = 0.05
 """Monty's threads may still be letting go of a dead worker when the interpreter ends, which then
@@ -50,9 +64,10 @@ class MontySandbox:
         self,
         *,
         timeout_s: float = 5.0,
-        memory_mb: int = 128,
-        max_output_chars: int = 10_000,
-        max_concurrency: int = 256,
+        memory_mb: int = 256,
+        max_output_chars: int = 4000,
+        stateful: bool = True,
+        max_concurrency: int = 64,
         seed: int = 0,
     ) -> None:
         """
@@ -61,23 +76,43 @@ class MontySandbox:
             memory_mb: heap of one session.
             max_output_chars: most characters kept of what one call prints, half of them from its
                 start and half from its end.
-            max_concurrency: most sessions open at once. Another one waits up to 10 s for room.
+            stateful: keep a session over a rollout's calls.
+            max_concurrency: most calls that run at once; further ones wait their turn.
             seed: start of the sandbox's `random` module.
         """
-        for name, value in (
-            ("timeout_s", timeout_s),
-            ("memory_mb", memory_mb),
-            ("max_output_chars", max_output_chars),
-            ("max_concurrency", max_concurrency),
-        ):
-            if value <= 0:
-                raise UserError(f"sandbox.{name} is {value}", "give a number above zero")
+        check_limits(
+            timeout_s=timeout_s,
+            memory_mb=memory_mb,
+            max_output_chars=max_output_chars,
+            max_concurrency=max_concurrency,
+        )
         self.timeout_s = timeout_s
         self.memory_mb = memory_mb
         self.max_output_chars = max_output_chars
+        self.stateful = stateful
         self.max_concurrency = max_concurrency
         self.seed = seed
+        self._gates = PerLoop(lambda: asyncio.Semaphore(max_concurrency))
         self._pool: asyncio.Task[AsyncMonty] | None = None
+
+    @property
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            stateful=True,
+            full_python=False,
+            packages=(),
+            files=False,
+            writable=False,
+            isolation="an interpreter that has no function to reach a file, network or process",
+        )
+
+    async def start(self) -> None:
+        """Open the pool and run `6 * 7` in it."""
+        session = await self.session()
+        result = await session.run("6 * 7")
+        await session.close()
+        if result.stdout != "42\n":
+            raise SandboxUnavailable(f"Monty: 6 * 7 gave {result.stdout or result.error}")
 
     async def session(self) -> MontySession:
         """A fresh session.
@@ -98,11 +133,11 @@ class MontySandbox:
             await worker.__aenter__()
         except TimeoutError as error:
             raise SandboxUnavailable(
-                f"all {self.max_concurrency} Monty workers are busy; raise sandbox.max_concurrency"
+                f"{MAX_SESSIONS} sessions are open, which is as many as Monty may have"
             ) from error
         except Exception as error:
             raise SandboxUnavailable(f"Monty: {error}") from error
-        return MontySession(worker, self.timeout_s, self.max_output_chars)
+        return MontySession(worker, self._gates.get(), self.timeout_s, self.max_output_chars)
 
     async def close(self) -> None:
         pool, self._pool = self._pool, None
@@ -129,7 +164,7 @@ class MontySandbox:
             ) from error
         atexit.register(time.sleep, _EXIT_GRACE_S)
         pool = AsyncMonty(
-            max_processes=self.max_concurrency,
+            max_processes=MAX_SESSIONS,
             checkout_timeout=10.0,
             request_timeout=self.timeout_s + 5.0,
         )
@@ -142,8 +177,15 @@ class MontySandbox:
 class MontySession:
     """A worker with state. It dies of a time-out, of running out of memory and of a crash."""
 
-    def __init__(self, worker: AsyncMontySession, timeout_s: float, max_output_chars: int) -> None:
+    def __init__(
+        self,
+        worker: AsyncMontySession,
+        gate: asyncio.Semaphore,
+        timeout_s: float,
+        max_output_chars: int,
+    ) -> None:
         self._worker = worker
+        self._gate = gate
         self._timeout_s = timeout_s
         self._max_output_chars = max_output_chars
         self._dead = ""
@@ -155,51 +197,50 @@ class MontySession:
         Output beyond the limit is dropped while it is printed: code that prints without end runs
         into the time-out. A worker that dies is the code's doing, so it is a `Result`.
         """
-        from pydantic_monty import MontyCrashedError, MontyRuntimeError, MontySyntaxError
-
         if self._dead:
-            return Result("killed", error=f"This session is over: {self._dead}.")
+            return over(self._dead)
         if len(code) > MAX_CODE_CHARS:
             return Result("error", error=f"SyntaxError: more than {MAX_CODE_CHARS} characters")
         output = BoundedText(self._max_output_chars)
+        async with self._gate:
+            start = time.perf_counter()
+            status, error = await self._feed(code, output)
+            wall_s = time.perf_counter() - start
+        if status not in ALIVE:
+            self._dead = OVER_AFTER[status]
+        error = cut_middle(error, self._max_output_chars)
+        return Result(status, output.text(), error, wall_s, output.truncated)
+
+    async def _feed(self, code: str, output: BoundedText) -> tuple[Status, str]:
+        from pydantic_monty import MontyCrashedError, MontyRuntimeError, MontySyntaxError
 
         def on_print(stream: Literal["stdout", "stderr"], text: str) -> None:
             output.write(text)
 
-        status: Status = "ok"
-        error = ""
         start = time.perf_counter()
         try:
             feed = return_last_expression(code, self._max_output_chars)
             value = await self._worker.feed_run(feed, print_callback=on_print)
-            if value is not None:
-                output.write(f"{value}\n")
         except asyncio.CancelledError:
             self._dead = "a call was cancelled"
             raise
         except (MontyRuntimeError, MontySyntaxError) as raised:
-            status, error = self._explain(raised, time.perf_counter() - start)
+            return self._explain(raised, time.perf_counter() - start)
         except MontyCrashedError as crash:
-            status = "timeout" if crash.timed_out else "killed"
-            error = self._timed_out() if crash.timed_out else "The interpreter crashed."
+            if crash.timed_out:
+                return "timeout", out_of_time(self._timeout_s)
+            return "killed", "The interpreter crashed."
         except Exception as failure:
             self._dead = "the sandbox failed"
             raise SandboxUnavailable(f"Monty: {failure}") from failure
-        if status in ("timeout", "memory", "killed"):
-            self._dead = {"timeout": "its time ran out", "memory": "its memory ran out"}.get(
-                status, "the interpreter crashed"
-            )
-        error = cut_middle(error, self._max_output_chars)
-        wall_s = time.perf_counter() - start
-        return Result(status, output.text(), error, wall_s, output.truncated)
+        if value is not None:
+            output.write(f"{value}\n")
+        return "ok", ""
 
     async def close(self) -> None:
         """Give the worker back; what the session defined is dropped."""
         self._dead = self._dead or "it was closed"
         await self._worker.__aexit__(None, None, None)
-
-    def _timed_out(self) -> str:
-        return f"TimeoutError: the code ran longer than {self._timeout_s:g} s"
 
     def _explain(
         self, raised: MontyRuntimeError | MontySyntaxError, wall_s: float
@@ -207,9 +248,9 @@ class MontySession:
         message = str(raised)
         kind = raised.exception()
         if isinstance(kind, TimeoutError) and wall_s >= 0.9 * self._timeout_s:
-            return "timeout", self._timed_out()
+            return "timeout", out_of_time(self._timeout_s)
         if isinstance(kind, MemoryError):
-            return "memory", "MemoryError: the code used more memory than it may"
+            return "memory", OUT_OF_MEMORY
         if isinstance(kind, SystemExit):
             return "exit", message
         text = raised.display("traceback")
@@ -229,17 +270,8 @@ def return_last_expression(code: str, max_chars: int) -> str:
     printed instead, since prints are bounded. As at the prompt, `_` is the value. Lines keep
     their numbers. Code that this Python cannot parse is left for the sandbox to report.
     """
-    try:
-        body = ast.parse(code).body
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        body = []
-    last = body[-1] if body else None
-    if not isinstance(last, ast.Expr) or last.end_lineno is None or last.end_col_offset is None:
+    assigned = assign_last_expression(code)
+    if assigned is None:
         return f"{code}\nNone"
-    lines = code.encode().splitlines(keepends=True)
-    start = sum(map(len, lines[: last.lineno - 1])) + last.col_offset
-    end = sum(map(len, lines[: last.end_lineno - 1])) + last.end_col_offset
-    source = b"".join(lines)
-    assigned = b"%b_ = (%b)%b" % (source[:start], source[start:end], source[end:])
     shown = f"(print(_r), None)[1] if (_r := f'{{_!r}}')[{max_chars}:] else _r"
-    return f"{assigned.decode()}\nNone if _ is None else {shown}"
+    return f"{assigned}\nNone if _ is None else {shown}"

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any
 
-from retrain.sandbox.base import Result, Sandbox, Session
+from retrain.sandbox.base import ALIVE, Result, Sandbox, SandboxUnavailable, Session
 from retrain.tools.base import ModelError
 from retrain.tools.signature import read_signature
 
@@ -16,9 +16,6 @@ STATE_LOST = "Variables of earlier calls are lost."
 DESCRIPTION = "Run Python code. Returns what it prints, and the value of a final expression. "
 STATEFUL = "Variables last from call to call."
 STATELESS = "Every call starts afresh."
-
-_ALIVE = ("ok", "error")
-"""After any other status the session is closed."""
 
 
 class PythonTool:
@@ -35,39 +32,42 @@ class PythonTool:
         *,
         name: str = "python",
         description: str | None = None,
-        stateful: bool = True,
         full_traceback: bool = False,
         timeout_s: float | None = None,
     ) -> None:
         """
         Args:
-            sandbox: where the code runs; its own limits apply. The caller closes it.
+            sandbox: where the code runs; its own limits apply, and where it is stateful, variables
+                last over a rollout's calls. The caller closes it.
             name: what the model calls the tool.
             description: in place of the default one.
-            stateful: keep variables over a rollout's calls, in one sandbox session.
             full_traceback: show all of a traceback instead of its last line.
             timeout_s: of one call, waiting for the sandbox included; the runner's if None.
         """
         self.name = name
-        self.description = description or DESCRIPTION + (STATEFUL if stateful else STATELESS)
+        self.description = description or DESCRIPTION + (
+            STATEFUL if sandbox.stateful else STATELESS
+        )
         self.timeout_s = timeout_s
         self.sandbox = sandbox
         self.parameters = _SIGNATURE.parameters
-        self._stateful = stateful
         self._full_traceback = full_traceback
 
     def session(self) -> PythonSession:
-        return PythonSession(self.sandbox, self._stateful, self._full_traceback)
+        return PythonSession(self.sandbox, self._full_traceback)
 
 
 class PythonSession:
     """Calls run one after the other, in the order they were made."""
 
-    def __init__(self, sandbox: Sandbox, stateful: bool, full_traceback: bool) -> None:
+    def __init__(self, sandbox: Sandbox, full_traceback: bool) -> None:
         self._sandbox = sandbox
-        self._stateful = stateful
         self._full_traceback = full_traceback
         self._session: Session | None = None
+        self._has_state = False
+        """A call has left variables in the session."""
+        self._lost: SandboxUnavailable | None = None
+        """The sandbox failed when there were variables: no other session can stand in for it."""
         self._turn = asyncio.Lock()
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
@@ -85,21 +85,27 @@ class PythonSession:
             await session.close()
 
     async def _run(self, code: str) -> Result:
-        if self._session is None:
-            self._session = await self._sandbox.session()
+        if self._lost is not None:
+            raise self._lost
         keep = False
         try:
+            if self._session is None:
+                self._session = await self._sandbox.session()
             result = await self._session.run(code)
-            keep = self._stateful and result.status in _ALIVE
+            keep = self._sandbox.stateful and result.status in ALIVE
             return result
+        except SandboxUnavailable as failure:
+            self._lost = failure if self._has_state else None
+            raise
         finally:
+            self._has_state = keep
             if not keep:
                 await self.close()
 
     def _show(self, result: Result) -> str:
         error = result.error if self._full_traceback else last_line(result.error)
         parts = [result.stdout.rstrip("\n"), error]
-        if self._stateful and result.status not in _ALIVE:
+        if self._sandbox.stateful and result.status not in ALIVE:
             parts.append(STATE_LOST)
         return "\n".join(part for part in parts if part)
 

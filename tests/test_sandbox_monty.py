@@ -11,10 +11,10 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from retrain.sandbox import MontySandbox, make_sandbox
+from retrain.sandbox import MontySandbox
+from retrain.sandbox.base import ALIVE
 from retrain.sandbox.monty import return_last_expression
 from retrain.sandbox.output import BoundedText, cut_middle
-from retrain.types import UserError
 
 
 @pytest.fixture
@@ -99,7 +99,7 @@ async def test_hostile_code_is_contained(
     assert result.error
     assert time.perf_counter() - start < 5
     after = await session.run("1")
-    assert after.status == ("killed" if result.status in ("timeout", "memory") else "ok")
+    assert after.status == ("ok" if result.status in ALIVE else "killed")
     assert (await (await sandbox.session()).run("1")).stdout == "1\n"
 
 
@@ -192,21 +192,6 @@ def test_the_rewrite_keeps_lines_and_returns_a_bounded_string() -> None:
     changed = return_last_expression("x = 1\n(x +\n 1)  # é\n", 10)
     assert changed.splitlines()[:3] == ["x = 1", "_ = ((x +", " 1))  # é"]
     assert return_last_expression("x = (", 10) == "x = (\nNone"
-
-
-def test_make_sandbox_refuses_what_is_not_there() -> None:
-    assert isinstance(make_sandbox("auto", timeout_s=2.0), MontySandbox)
-    for kind, message in (
-        ("jail", "not built yet"),
-        ("http", "not built yet"),
-        ("x", "no sandbox"),
-    ):
-        with pytest.raises(UserError, match=message):
-            make_sandbox(kind)
-    with pytest.raises(UserError, match="no parameter 'memory'"):
-        make_sandbox("monty", memory=3)
-    with pytest.raises(UserError, match="timeout_s is 0"):
-        make_sandbox("monty", timeout_s=0)
 
 
 def test_cut_middle_keeps_both_ends_and_counts_the_rest() -> None:
