@@ -1,4 +1,4 @@
-"""The snippets of README.md and docs/guide.md: files are written and used, commands are run.
+"""The snippets of the pages: files are written and used, commands are run.
 
 In the documents `<!-- file: NAME -->` before a block names the file that it is, and
 `<!-- run -->` marks Python that is executed beside those files.
@@ -22,6 +22,7 @@ from retrain import load_config, run_sync
 from retrain.cli import app
 from retrain.config.load import merge
 from retrain.importing import import_object
+from retrain.loops.build import build_sandbox
 from retrain.rewards import resolve_reward
 from retrain.tools import resolve_tool
 
@@ -166,6 +167,19 @@ def test_the_readmes_own_reward_tool_and_environment_are_found(readme: Path) -> 
     config["environment"] = {"type": "python", "path": "my_task.py:SayYes"}
     load_config(config)
     assert isinstance(import_object("my_task.py:SayYes", "environment"), type)
+
+
+def test_the_page_on_sandboxes_says_what_is_so(tmp_path: Path) -> None:
+    page = blocks("docs/sandbox.md")
+    configs = [block for block in page if block.language == "yaml"]
+    assert len(configs) == 2
+    for block in configs:
+        build_sandbox(load_config(parse(block.text)))
+    [example] = [block for block in page if block.language == "python"]
+    assert execute(tmp_path, example.text) == "42\nerror\n"
+    result = CliRunner().invoke(app, ["doctor"])
+    assert result.exit_code == 0
+    assert re.search(r"^auto: (jail|monty)$", result.output, re.MULTILINE)
 
 
 @pytest.mark.parametrize(

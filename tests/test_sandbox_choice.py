@@ -47,6 +47,20 @@ def test_a_name_makes_its_executor() -> None:
     assert isinstance(make_sandbox("monty"), MontySandbox)
     assert isinstance(make_sandbox("http", url="http://127.0.0.1:1", stateful=False), HttpSandbox)
     assert isinstance(make_sandbox(), AutoSandbox)
+    assert isinstance(make_sandbox("monty", packages=[]), MontySandbox)
+
+
+def test_auto_falls_back_to_monty_only_when_monty_can_do_what_is_asked() -> None:
+    for params, names in (
+        ({}, ["jail", "monty"]),
+        ({"packages": [], "memory_mb": 64}, ["jail", "monty"]),
+        ({"packages": ["numpy"]}, ["jail"]),
+        ({"writable": True}, ["jail"]),
+        ({"bubblewrap": True}, ["jail"]),
+    ):
+        sandbox = make_sandbox("auto", **params)
+        assert isinstance(sandbox, AutoSandbox)
+        assert list(sandbox.candidates) == names
 
 
 def test_what_an_executor_cannot_do_is_refused(tmp_path: Path) -> None:

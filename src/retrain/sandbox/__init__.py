@@ -49,15 +49,19 @@ def make_sandbox(type: str = "auto", **params: Any) -> Sandbox:
     Raises:
         UserError: no such sandbox, or something that it cannot do.
     """
+    # An empty list of packages asks for nothing, but keeps the jail from loading its own.
+    asked = {name: value for name, value in params.items() if name != "packages" or value}
     if type == "auto":
         _refuse_unknown("auto", params, JailSandbox)
         candidates: dict[str, Sandbox] = {"jail": JailSandbox(**params)}
-        if set(params) <= set(inspect.signature(MontySandbox).parameters):
-            candidates["monty"] = MontySandbox(**params)
+        if set(asked) <= set(inspect.signature(MontySandbox).parameters):
+            candidates["monty"] = MontySandbox(**asked)
         return AutoSandbox(candidates)
     if type not in BUILT_IN:
         known = ", ".join(["auto", *BUILT_IN])
         raise UserError(f"there is no sandbox type '{type}'", f"use one of: {known}")
+    if type != "jail":
+        params = asked
     _refuse_unknown(type, params, BUILT_IN[type])
     if type == "http" and "url" not in params:
         raise UserError("sandbox type 'http' needs sandbox.url", "give the server's address")

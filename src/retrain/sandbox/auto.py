@@ -24,7 +24,7 @@ class AutoSandbox:
         Args:
             candidates: by name, strongest first; each can do all that is asked for.
         """
-        self._candidates = candidates
+        self.candidates = candidates
         self.stateful = next(iter(candidates.values())).stateful
         self._chosen: Sandbox | None = None
         self._choosing = PerLoop(asyncio.Lock)
@@ -32,7 +32,7 @@ class AutoSandbox:
     @property
     def capabilities(self) -> Capabilities:
         """Those of the one that was chosen; before `start`, of the strongest."""
-        return (self._chosen or next(iter(self._candidates.values()))).capabilities
+        return (self._chosen or next(iter(self.candidates.values()))).capabilities
 
     async def start(self) -> None:
         await (await self._choose()).start()
@@ -52,7 +52,7 @@ class AutoSandbox:
 
     async def _first_that_works(self) -> Sandbox:
         reasons = []
-        for name, sandbox in self._candidates.items():
+        for name, sandbox in self.candidates.items():
             try:
                 await sandbox.start()
             except (UserError, SandboxUnavailable) as error:

@@ -41,6 +41,10 @@ class Readable:
     """A directory that hides none of these when a file system is mounted on it."""
 
 
+_OUTSIDE = ("..", "/")
+"""First parts of a distribution's files that lie elsewhere, such as its scripts."""
+
+
 def readable_paths(packages: tuple[str, ...]) -> Readable:
     """
     Args:
@@ -131,7 +135,9 @@ def _add_distribution(found: Readable, name: str, seen: set[str]) -> None:
         distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return
-    for entry in {file.parts[0] for file in distribution.files or () if file.parts[0] != ".."}:
+    for entry in {
+        file.parts[0] for file in distribution.files or () if file.parts[0] not in _OUTSIDE
+    }:
         path = Path(str(distribution.locate_file(entry)))
         if entry == "__pycache__" or path.suffix == ".pth" or not path.exists():
             continue

@@ -138,8 +138,13 @@ class ZygoteProcess:
             async with asyncio.timeout(_SPAWN_S):
                 await self._send(SPAWN.pack(identity), [channel.fileno(), output])
                 return await future
-        except TimeoutError:
-            raise SandboxUnavailable(f"jail: no session after {_SPAWN_S:g} s") from None
+        except BaseException as error:
+            self._sessions.pop(identity, None)
+            if future.done() and not future.cancelled() and future.exception() is None:
+                os.close(future.result())
+            if isinstance(error, TimeoutError):
+                raise SandboxUnavailable(f"jail: no session after {_SPAWN_S:g} s") from None
+            raise
         finally:
             self._spawning.pop(identity, None)
 

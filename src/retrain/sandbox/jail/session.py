@@ -59,6 +59,7 @@ class JailSession:
         """Why it cannot run code any more; empty while it can."""
         self._lost = ""
         """Why the sandbox failed under it; empty while it has not."""
+        self._unsent = b""
         self._received = bytearray()
         self._news = asyncio.Event()
         """Set when something arrived, the process ended or the time ran out."""
@@ -97,10 +98,6 @@ class JailSession:
             raise
 
     async def run(self, code: str) -> Result:
-        if self._lost:
-            raise SandboxUnavailable(f"jail: {self._lost}")
-        if self._over:
-            return over(self._over)
         try:
             source = code.encode()
         except UnicodeEncodeError as half:
@@ -108,6 +105,10 @@ class JailSession:
         if len(source) > MAX_CODE_BYTES:
             return Result("error", error=f"SyntaxError: more than {MAX_CODE_BYTES} bytes of code")
         async with self._process.gate:
+            if self._lost:
+                raise SandboxUnavailable(f"jail: {self._lost}")
+            if self._over:
+                return over(self._over)
             start = time.perf_counter()
             self._busy = True
             try:
@@ -148,8 +149,8 @@ class JailSession:
         timer = loop.call_later(self._timeout_s, self._on_time_out)
         try:
             self._signal(signal.SIGCONT)
-            with contextlib.suppress(ConnectionError):
-                await loop.sock_sendall(self._channel, REQUEST.pack(nonce, len(source)) + source)
+            self._unsent = REQUEST.pack(nonce, len(source)) + source
+            self._send()
             while (answer := self._answer(nonce)) is None and not self._hung_up:
                 await self._next_news()
         finally:
@@ -186,9 +187,10 @@ class JailSession:
             return "killed", "The process hung up."
         if os.WIFEXITED(status):
             return "exit", f"The code ended the process with exit code {os.WEXITSTATUS(status)}."
-        name = signal.Signals(os.WTERMSIG(status)).name
-        if name == "SIGXFSZ":
+        number = os.WTERMSIG(status)
+        if number == signal.SIGXFSZ:
             return "output", ""
+        name = signal.Signals(number).name if number in set(signal.Signals) else str(number)
         return "killed", f"The process was ended by {name}."
 
     def _result(self, status: Status, error: str, wall_s: float) -> Result:
@@ -234,9 +236,26 @@ class JailSession:
         self._stop_listening()
         self._news.set()
 
+    def _send(self) -> None:
+        """Write what the socket takes; the rest when it takes more."""
+        loop, fd = asyncio.get_running_loop(), self._channel.fileno()
+        try:
+            self._unsent = self._unsent[self._channel.send(self._unsent) :]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._unsent = b""  # the reader hears of the end
+        if self._unsent:
+            loop.add_writer(fd, self._send)
+        else:
+            loop.remove_writer(fd)
+
     def _stop_listening(self) -> None:
         self._hung_up = True
-        asyncio.get_running_loop().remove_reader(self._channel.fileno())
+        fd = self._channel.fileno()
+        if fd >= 0:
+            asyncio.get_running_loop().remove_reader(fd)
+            asyncio.get_running_loop().remove_writer(fd)
 
     def _signal(self, number: signal.Signals) -> None:
         if self._pidfd < 0:
@@ -249,7 +268,7 @@ class JailSession:
         if self._over:
             return
         self._over = reason
-        asyncio.get_running_loop().remove_reader(self._channel.fileno())
+        self._stop_listening()
         self._channel.close()
         self._theirs.close()
         self._signal(signal.SIGKILL)
@@ -257,5 +276,4 @@ class JailSession:
             os.close(self._pidfd)
             self._pidfd = -1
         os.close(self._output)
-        self._hung_up = True
         self._news.set()

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from .wire import MAX_ERROR_BYTES
 
-_OUTSIDE_ERROR = "(the error could not be shown)"
+_UNSHOWABLE = "(the error could not be shown)"
 
 
 class Interpreter:
@@ -66,16 +66,19 @@ class Interpreter:
                 sys.stdout.write(f"{value!r}\n")
 
     def _explain(self, error: BaseException) -> str:
-        """The traceback without the frames of this module, bounded."""
+        """The traceback without the frames of this module, bounded.
+
+        The error may be of a class that makes every look at it fail.
+        """
         try:
             shown = traceback.TracebackException.from_exception(error)
             _drop_own_frames(shown)
             text = "".join(shown.format()).rstrip("\n")
+            if isinstance(error, ModuleNotFoundError):
+                text += self._what_there_is(error)
+            return bounded(text)
         except BaseException:
-            text = f"{type(error).__name__}: {_OUTSIDE_ERROR}"
-        if isinstance(error, ModuleNotFoundError):
-            text += self._what_there_is(error)
-        return bounded(text)
+            return f"Error: {_UNSHOWABLE}"
 
     def _what_there_is(self, error: ModuleNotFoundError) -> str:
         name = (error.name or "").partition(".")[0]

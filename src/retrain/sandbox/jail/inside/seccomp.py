@@ -44,7 +44,7 @@ class Check:
 
 
 _PLAIN = """
-    read write readv writev pread64 pwrite64 preadv pwritev close close_range open openat
+    read write readv writev pread64 pwrite64 preadv pwritev close open openat
     stat lstat fstat newfstatat statx lseek access faccessat faccessat2 readlink readlinkat
     getdents64 getcwd chdir fchdir statfs fstatfs
     munmap mprotect mremap brk mincore
@@ -52,8 +52,8 @@ _PLAIN = """
     sigaltstack restart_syscall pause alarm setitimer getitimer
     dup dup2 dup3 pipe pipe2 poll ppoll select pselect6
     epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2
-    recvfrom shutdown getsockname getpeername getsockopt
-    futex sched_yield sched_getaffinity set_robust_list set_tid_address rseq
+    shutdown getsockname getpeername
+    sched_yield sched_getaffinity set_robust_list set_tid_address rseq
     getpid gettid getppid getuid geteuid getgid getegid getgroups getresuid getresgid
     clock_gettime clock_getres clock_nanosleep nanosleep gettimeofday time times getrusage
     getrlimit sysinfo uname getrandom umask arch_prctl exit exit_group
@@ -71,7 +71,8 @@ _THREAD_EXTRAS = 0x00040000 | 0x00080000 | 0x00100000 | 0x00200000 | 0x00400000 
 """CLONE_SYSVSEM | SETTLS | PARENT_SETTID | CHILD_CLEARTID | DETACHED | CHILD_SETTID."""
 
 _AF_UNIX, _SOCK_STREAM, _SOCK_FLAGS = 1, 1, 0o2000000 | 0o4000
-_MAP_HUGETLB = 0x40000
+_MSG_OOB = 1
+_MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB = 0x1, 0x20, 0x40000
 
 _CHECKED: dict[str, tuple[Check, ...]] = {
     # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
@@ -80,15 +81,31 @@ _CHECKED: dict[str, tuple[Check, ...]] = {
     "fcntl": (Check(1, (0, 1, 2, 3, 4, 1030)),),
     # NORMAL to DONTNEED, FREE, HUGEPAGE, NOHUGEPAGE, DONTDUMP, DODUMP
     "madvise": (Check(2, (0, 1, 2, 3, 4, 8, 14, 15, 16, 17)),),
-    "mmap": (Check(3, (0,), mask=_MAP_HUGETLB),),
+    # memory that is shared and has no file stays when all but a page of it is unmapped: the limit
+    # on address space does not see it
+    "mmap": (
+        Check(
+            3,
+            (0, _MAP_SHARED, _MAP_ANONYMOUS),
+            mask=_MAP_SHARED | _MAP_ANONYMOUS | _MAP_HUGETLB,
+        ),
+    ),
+    # none or CLOEXEC: with UNSHARE each thread would have a table of descriptors
+    "close_range": (Check(2, (0, 4)),),
+    # WAIT, WAKE, REQUEUE, CMP_REQUEUE, WAKE_OP, WAIT_BITSET, WAKE_BITSET: no priorities, which name
+    # threads of other processes
+    "futex": (Check(1, (0, 1, 3, 4, 5, 9, 10), mask=0x7F),),
     # PR_SET_NAME, PR_GET_NAME
     "prctl": (Check(0, (15, 16)),),
     # one's own limits only
     "prlimit64": (Check(0, (0,)),),
     # asyncio's way to wake itself; a datagram socket could write to any other
     "socketpair": (Check(0, (_AF_UNIX,)), Check(1, (_SOCK_STREAM,), mask=~_SOCK_FLAGS & 2**32 - 1)),
-    # without an address
-    "sendto": (Check(4, (0,), high=True),),
+    # without an address, nothing urgent
+    "sendto": (Check(4, (0,), high=True), Check(3, (0,), mask=_MSG_OOB)),
+    "recvfrom": (Check(3, (0,), mask=_MSG_OOB),),
+    # of SOL_SOCKET: TYPE, ERROR, SNDBUF, RCVBUF, ACCEPTCONN, PROTOCOL, DOMAIN; not who is the peer
+    "getsockopt": (Check(1, (1,)), Check(2, (3, 4, 7, 8, 30, 38, 39))),
     # threads only
     "clone": (Check(0, (_THREAD_FLAGS,), mask=~_THREAD_EXTRAS & 2**32 - 1),),
 }

@@ -6,6 +6,7 @@ It runs no code of the model's. It ends when the host hangs up or dies, and its 
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import gc
 import importlib
@@ -31,7 +32,7 @@ from .seccomp import clone_filter, session_filter
 from .session import Confinement, place_files, run_session
 from .wire import ENDED, FAILED, REPLY, SPAWN, SPAWNED, STARTED, UNUSABLE
 
-MAX_THREADS = 32
+MAX_THREADS = 16
 """Of one session, its first included."""
 
 _NOBODY = 65534
@@ -150,7 +151,12 @@ class Zygote:
         process = os.fork()
         if process == 0:
             run_session(self._confinement, self._interpreter, channel, output, self._ask.fileno())
-        pidfd = os.pidfd_open(process)
+        try:
+            pidfd = os.pidfd_open(process)
+        except OSError:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+            raise
         self._children[pidfd] = (process, session)
         self._watch(pidfd, self._on_end)
         socket.send_fds(self._control, [REPLY.pack(SPAWNED, session, process)], [pidfd])
@@ -171,13 +177,18 @@ class Zygote:
         if not events & select.EPOLLIN:
             self._forget(listener)
             return
-        try:
+        with contextlib.suppress(OSError):  # the session has ended meanwhile
             identity, thread = kernel.read_question(listener)
-            threads = os.stat(f"/proc/{thread}/task").st_nlink - 2
-            refused = errno.EAGAIN if threads >= MAX_THREADS else 0
+            refused = errno.EAGAIN if _count_threads(thread) >= MAX_THREADS else 0
             kernel.answer_question(listener, identity, refused)
-        except OSError:
-            return  # the session has ended meanwhile
+
+
+def _count_threads(thread: int) -> int:
+    """Of the process that a thread belongs to; more than are allowed when it cannot be seen."""
+    try:
+        return os.stat(f"/proc/{thread}/task").st_nlink - 2
+    except OSError:
+        return MAX_THREADS
 
 
 def _confinement(setup: dict[str, Any], files: dict[str, bytes], temporary: str) -> Confinement:
@@ -239,6 +250,8 @@ def main(control_fd: int, host: int, setup_fd: int) -> None:
     os.environ.clear()
     sys.dont_write_bytecode = True
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
     control = socket.socket(fileno=control_fd)
     with open(setup_fd, encoding="utf-8") as file:
         file.seek(0)
@@ -247,11 +260,8 @@ def main(control_fd: int, host: int, setup_fd: int) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "inside"]:
         del sys.modules[name]
     _raise_descriptor_limit()
-    try:
-        with open("/proc/self/oom_score_adj", "w") as file:
-            file.write("1000")
-    except OSError:
-        pass  # a wish: the first to go when the machine runs out of memory
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w") as score:
+        score.write("1000")  # the first to go when the machine runs out of memory
     try:
         zygote = Zygote(control, host, setup)
     except Exception as error:
