@@ -101,7 +101,7 @@ class ZygoteProcess:
                 env=_environment(),
                 cwd="/",
                 stdin=subprocess.DEVNULL,
-                stdout=self._said,
+                stdout=subprocess.DEVNULL,
                 stderr=self._said,
                 pass_fds=(theirs.fileno(), host, setup_fd),
                 start_new_session=True,

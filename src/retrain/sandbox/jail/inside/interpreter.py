@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import builtins
+import io
 import linecache
 import sys
 import traceback
@@ -32,6 +33,7 @@ class Interpreter:
         for name in ("exit", "quit"):
             setattr(builtins, name, sys.exit)
         sys.argv = [""]
+        self._input, self._output = _standard_streams()
 
     def run(self, code: str) -> tuple[Literal["ok", "error", "exit", "memory"], str]:
         """Run code; its output goes to standard output.
@@ -40,6 +42,9 @@ class Interpreter:
             A status of `wire.STATUSES`, and the error to show, empty when there is none.
         """
         self._calls += 1
+        if self._input.closed or self._output.closed:
+            self._input, self._output = _standard_streams()
+        sys.stdin, sys.stdout, sys.stderr = self._input, self._output, self._output
         filename = f"<python-{self._calls}>"
         try:
             self._execute(code, filename)
@@ -86,6 +91,16 @@ class Interpreter:
             return ""
         there = "".join(f", {package}" for package in self._packages)
         return f" (this Python has only: the standard library{there})"
+
+
+def _standard_streams() -> tuple[io.TextIOWrapper, io.TextIOWrapper]:
+    """Input and output, which is not buffered: what was printed before a time-out is there."""
+    source: Any = io.FileIO(0, closefd=False)
+    target: Any = io.FileIO(1, "w", closefd=False)
+    return (
+        io.TextIOWrapper(io.BufferedReader(source), "utf-8"),
+        io.TextIOWrapper(target, "utf-8", "backslashreplace", write_through=True),
+    )
 
 
 def bounded(text: str) -> str:

@@ -28,6 +28,7 @@ _NOROOT_AND_LOCKED = 0b11_1111_0011
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REC, MS_PRIVATE = 2, 4, 8, 0x4000, 1 << 18
 
+_MADV_COLLAPSE, _HUGE = 25, 2 << 20
 _SET_MODE_FILTER, _NEW_LISTENER = 1, 8
 _NOTIF_RECV, _NOTIF_SEND, _CONTINUE = 0xC0502100, 0xC0182101, 1
 
@@ -93,6 +94,26 @@ def not_dumpable() -> None:
 def small_pages() -> None:
     """No new huge pages: a session that touches one byte would own two megabytes."""
     _prctl(_PR_SET_THP_DISABLE, 1)
+
+
+def huge_pages() -> None:
+    """Gather this process's own memory in huge pages, where the kernel can (6.1 and later).
+
+    A fork then copies fewer page tables. It is done once, so it may take its time.
+    """
+    for line in _lines("/proc/self/maps"):
+        region, rights, _, _, inode = line.split()[:5]
+        if rights == "rw-p" and inode == "0":
+            start, end = (int(address, 16) for address in region.split("-"))
+            start, end = -(-start // _HUGE) * _HUGE, end // _HUGE * _HUGE
+            if start < end:
+                for piece in range(start, end, _HUGE):
+                    _libc.madvise(ctypes.c_void_p(piece), ctypes.c_size_t(_HUGE), _MADV_COLLAPSE)
+
+
+def _lines(path: str) -> list[str]:
+    with open(path) as file:
+        return file.readlines()
 
 
 def drop_capabilities() -> None:

@@ -23,7 +23,7 @@ KILL = 0x80000000
 _ERRNO = 0x00050000
 DENY = _ERRNO | errno.EPERM
 
-_LOAD, _AND, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x35, 0x06
+_LOAD, _AND, _EQUAL, _ABOVE, _AT_LEAST, _RETURN = 0x20, 0x54, 0x15, 0x25, 0x35, 0x06
 _NUMBER, _ARCH, _ARGS = 0, 4, 16
 """Offsets in `struct seccomp_data`."""
 _X32 = 0x40000000
@@ -122,10 +122,8 @@ def session_filter(machine: str, *, writable: bool) -> bytes:
     for name, checks in checked.items():
         program += _when(number(name, machine), [*_checks(checks), _return(ALLOW)])
     program += _when(number("clone3", machine), [_return(_ERRNO | errno.ENOSYS)])
-    numbers = [n for n in (number(name, machine) for name in plain) if n is not None]
-    for position, value in enumerate(numbers):
-        program.append((_EQUAL, len(numbers) - position, 0, value))
-    return _assemble([*program, _return(DENY), _return(ALLOW)])
+    numbers = sorted(n for n in (number(name, machine) for name in plain) if n is not None)
+    return _assemble([*program, *_search(_ranges(numbers))])
 
 
 def clone_filter(machine: str) -> bytes:
@@ -133,6 +131,31 @@ def clone_filter(machine: str) -> bytes:
     program = _prologue(machine)
     program += _when(number("clone", machine), [_return(ASK)])
     return _assemble([*program, _return(ALLOW)])
+
+
+def _ranges(numbers: Sequence[int]) -> list[tuple[int, int]]:
+    """First and last of each run of neighbours."""
+    ranges: list[tuple[int, int]] = []
+    for value in numbers:
+        if ranges and ranges[-1][1] == value - 1:
+            ranges[-1] = (ranges[-1][0], value)
+        else:
+            ranges.append((value, value))
+    return ranges
+
+
+def _search(ranges: Sequence[tuple[int, int]]) -> list[Instruction]:
+    """Binary search for the loaded number: ALLOW in one of the ranges, else DENY.
+
+    When a filter is installed, the kernel runs it for every system call there is, to remember
+    which are always allowed; a search in a line would be most of what locking in costs.
+    """
+    if len(ranges) == 1:
+        [(first, last)] = ranges
+        return [(_AT_LEAST, 0, 2, first), (_ABOVE, 1, 0, last), _return(ALLOW), _return(DENY)]
+    middle = len(ranges) // 2
+    below, rest = _search(ranges[:middle]), _search(ranges[middle:])
+    return [(_AT_LEAST, len(below), 0, ranges[middle][0]), *below, *rest]
 
 
 def _prologue(machine: str) -> list[Instruction]:

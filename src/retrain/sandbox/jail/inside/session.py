@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import fcntl
-import io
 import os
 import resource
 import socket
-import sys
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from . import kernel
 from .interpreter import Interpreter, bounded
 from .wire import READY, REFUSED, REQUEST, RESPONSE, STATUSES
 
-_SOCKET, _RULESET, _QUESTIONS = 3, 4, 5
-"""Descriptors of a session while it locks itself in; 0 is empty, 1 and 2 are its output."""
+SOCKET, RULESET, QUESTIONS = 3, 4, 5
+"""Descriptors of a session while it locks itself in; 0 is empty, 1 and 2 are its output. The
+zygote keeps these numbers free, with the Landlock ruleset and the socket for listeners in
+place."""
 
 _SPARE_BYTES = 16 * 2**20
 """Beyond `memory_mb`, for telling that memory ran out."""
 _MAX_INODES = 4096
+_MAX_DESCRIPTORS = 64
 
 _exit = os._exit
 
@@ -31,11 +31,8 @@ class Confinement:
 
     zygote: int
     """Its process id."""
-    ruleset: int
     landlock: int
-    """The descriptor of the Landlock ruleset, and the kernel's version of Landlock."""
-    mapped_bytes: int
-    """Address space in use before any code runs."""
+    """The kernel's version of Landlock."""
     memory_bytes: int
     output_bytes: int
     """Most that a session may write to one file: its output is one."""
@@ -46,66 +43,106 @@ class Confinement:
     files: dict[str, bytes]
     """What that file system holds at first."""
     rules: tuple[tuple[str, int], ...]
-    """The ruleset's rules: those of such a session are these and its file system."""
+    """What may be read: the ruleset that waits at RULESET, or, with a file system of the session's
+    own, a part of it."""
     seccomp: bytes
     """The filter; made once, since making it takes longer than a fork."""
     asks: bytes
     """The filter before it, which asks at the zygote about each new thread."""
 
 
+class Sockets:
+    """Python's objects for the descriptors SOCKET and QUESTIONS, of which a session puts its own
+    socket at the first."""
+
+    def __init__(self, questions: socket.socket) -> None:
+        nobody, self.requests = socket.socketpair()
+        with nobody:
+            self.requests = _at(SOCKET, self.requests)
+        self.questions = _at(QUESTIONS, questions)
+
+
+def _at(descriptor: int, made: socket.socket) -> socket.socket:
+    with made:
+        os.dup2(made.fileno(), descriptor, inheritable=False)
+    return socket.socket(made.family, made.type, 0, descriptor)
+
+
+def prepare(confinement: Confinement) -> None:
+    """In the zygote, once: everything that sessions can inherit instead of doing it each."""
+    kernel.huge_pages()
+    kernel.small_pages()
+    file_size = confinement.memory_bytes if confinement.writable else confinement.output_bytes
+    for kind, limit in (
+        (resource.RLIMIT_FSIZE, file_size),
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_MEMLOCK, 0),
+        (resource.RLIMIT_SIGPENDING, 64),
+        (resource.RLIMIT_MSGQUEUE, 0),
+        (resource.RLIMIT_RTPRIO, 0),
+    ):
+        _limit(kind, limit, limit)
+    if not confinement.writable:
+        os.chdir(confinement.directory)
+        kernel.not_dumpable()
+    with open("/proc/self/statm") as file:
+        mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    budget = mapped + confinement.memory_bytes
+    _limit(resource.RLIMIT_AS, budget, budget + _SPARE_BYTES)
+
+
+def _limit(kind: int, soft: int, hard: int) -> None:
+    highest = resource.getrlimit(kind)[1]
+    if highest == resource.RLIM_INFINITY:
+        highest = hard
+    resource.setrlimit(kind, (min(soft, highest), min(hard, highest)))
+
+
 def run_session(
-    confinement: Confinement, interpreter: Interpreter, channel: int, output: int, questions: int
+    confinement: Confinement,
+    interpreter: Interpreter,
+    sockets: Sockets,
+    channel: int,
+    output: int,
 ) -> NoReturn:
     """
     Args:
+        sockets: made in the zygote: to make them takes as long as to lock in.
         channel: descriptor of the socket that requests come by.
         output: descriptor of the file that standard output goes to.
-        questions: descriptor of the socket by which the zygote is given the listener that the
-            thread filter asks at.
     """
     try:
-        _take_descriptors(channel, output, questions, confinement.ruleset)
-        requests = socket.socket(fileno=_SOCKET)
+        for given, target in ((output, 1), (output, 2), (channel, SOCKET)):
+            os.dup2(given, target, inheritable=False)
+        kernel.close_from(QUESTIONS + 1)
         try:
-            _lock_in(confinement)
+            _lock_in(confinement, sockets.questions)
         except Exception as error:
-            requests.sendall(REFUSED + str(error).encode("utf-8", "replace"))
+            sockets.requests.sendall(REFUSED + str(error).encode("utf-8", "replace"))
             _exit(1)
-        requests.sendall(READY)
-        _serve(requests, interpreter)
+        sockets.requests.sendall(READY)
+        _serve(sockets.requests, interpreter)
     finally:
         _exit(0)
 
 
-def _take_descriptors(channel: int, output: int, questions: int, ruleset: int) -> None:
-    """Put the descriptors where they belong, and close every other one."""
-    empty = os.open("/dev/null", os.O_RDONLY)
-    given = (empty, output, output, channel, ruleset, questions)
-    above = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 100) for fd in given]
-    for target, fd in enumerate(above):
-        os.dup2(fd, target, inheritable=False)
-    kernel.close_from(len(given))
-
-
-def _lock_in(confinement: Confinement) -> None:
+def _lock_in(confinement: Confinement, questions: socket.socket) -> None:
     """In an order in which no step takes away what a later one needs."""
-    ruleset = _RULESET
+    ruleset = RULESET
     if confinement.writable:
         _own_file_system(confinement)
         own = (confinement.directory, kernel.WRITABLE)
         ruleset = kernel.landlock_ruleset(confinement.landlock, (*confinement.rules, own))
+        os.chdir(confinement.directory)
         kernel.drop_capabilities()
+        kernel.no_new_privileges()
+        kernel.not_dumpable()
     kernel.die_with_parent(confinement.zygote)
-    kernel.small_pages()
-    os.chdir(confinement.directory)
-    kernel.not_dumpable()
-    kernel.no_new_privileges()
     kernel.landlock_enter(ruleset, confinement.landlock)
     listener = kernel.seccomp_filter(confinement.asks, listener=True)
-    with socket.socket(fileno=_QUESTIONS) as zygote:
-        socket.send_fds(zygote, [b"q"], [listener])
-    kernel.close_from(_RULESET)
-    _limit(confinement)
+    socket.send_fds(questions, [b"q"], [listener])
+    kernel.close_from(RULESET)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_MAX_DESCRIPTORS, _MAX_DESCRIPTORS))
     kernel.seccomp_filter(confinement.seccomp)
 
 
@@ -139,34 +176,11 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _limit(confinement: Confinement) -> None:
-    budget = confinement.mapped_bytes + confinement.memory_bytes
-    file_size = confinement.memory_bytes if confinement.writable else confinement.output_bytes
-    for kind, soft, hard in (
-        (resource.RLIMIT_AS, budget, budget + _SPARE_BYTES),
-        (resource.RLIMIT_FSIZE, file_size, file_size),
-        (resource.RLIMIT_NOFILE, 64, 64),
-        (resource.RLIMIT_CORE, 0, 0),
-        (resource.RLIMIT_MEMLOCK, 0, 0),
-        (resource.RLIMIT_SIGPENDING, 64, 64),
-        (resource.RLIMIT_MSGQUEUE, 0, 0),
-        (resource.RLIMIT_RTPRIO, 0, 0),
-    ):
-        highest = resource.getrlimit(kind)[1]
-        if highest == resource.RLIM_INFINITY:
-            highest = hard
-        resource.setrlimit(kind, (min(soft, highest), min(hard, highest)))
-
-
 def _serve(channel: socket.socket, interpreter: Interpreter) -> None:
     """Answer requests until the host hangs up."""
-    stream = channel.makefile("rb")
-    while header := stream.read(REQUEST.size):
+    while header := _receive(channel, REQUEST.size):
         nonce, length = REQUEST.unpack(header)
-        code = stream.read(length).decode("utf-8")
-        sys.stdin = io.TextIOWrapper(io.FileIO(0, closefd=False), "utf-8")
-        sys.stdout = sys.stderr = _output()
-        status, error = interpreter.run(code)
+        status, error = interpreter.run(_receive(channel, length).decode("utf-8"))
         if status == "memory":
             hard = resource.getrlimit(resource.RLIMIT_AS)[1]
             resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
@@ -174,7 +188,9 @@ def _serve(channel: socket.socket, interpreter: Interpreter) -> None:
         channel.sendall(RESPONSE.pack(nonce, STATUSES.index(status), len(text)) + text)
 
 
-def _output() -> io.TextIOWrapper:
-    """Standard output without a buffer: what was printed before a time-out is there."""
-    raw: Any = io.FileIO(1, "w", closefd=False)
-    return io.TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)
+def _receive(channel: socket.socket, size: int) -> bytes:
+    """That many bytes; none at the end of the stream."""
+    data = channel.recv(size)
+    while data and len(data) < size:
+        data += channel.recv(size - len(data))
+    return data

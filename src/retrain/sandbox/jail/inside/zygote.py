@@ -8,11 +8,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import errno
+import fcntl
 import gc
 import importlib
 import importlib.abc
 import importlib.machinery
-import io
 import json
 import os
 import random
@@ -29,7 +29,16 @@ from typing import Any
 from . import kernel
 from .interpreter import Interpreter
 from .seccomp import clone_filter, session_filter
-from .session import Confinement, place_files, run_session
+from .session import (
+    QUESTIONS,
+    RULESET,
+    SOCKET,
+    Confinement,
+    Sockets,
+    place_files,
+    prepare,
+    run_session,
+)
 from .wire import ENDED, FAILED, REPLY, SPAWN, SPAWNED, STARTED, UNUSABLE
 
 MAX_THREADS = 16
@@ -75,7 +84,8 @@ class Zygote:
         self._epoll = select.epoll()
         self._readers: dict[int, Callable[[int, int], None]] = {}
         """Descriptor to what its events are for."""
-        self._listeners, self._ask = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listeners, questions = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sockets = Sockets(questions)
         files = {name: base64.b64decode(data) for name, data in setup["files"].items()}
         writable = bool(setup["writable"])
         sys.meta_path.append(Allowed(setup["importable"]))
@@ -93,6 +103,7 @@ class Zygote:
         self._interpreter = Interpreter(tuple(setup["packages"]))
         gc.collect()
         gc.freeze()
+        prepare(self._confinement)
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -150,7 +161,7 @@ class Zygote:
     def _spawn(self, session: int, channel: int, output: int) -> None:
         process = os.fork()
         if process == 0:
-            run_session(self._confinement, self._interpreter, channel, output, self._ask.fileno())
+            run_session(self._confinement, self._interpreter, self._sockets, channel, output)
         try:
             pidfd = os.pidfd_open(process)
         except OSError:
@@ -197,15 +208,13 @@ def _confinement(setup: dict[str, Any], files: dict[str, bytes], temporary: str)
     rules.append(("/dev/null", kernel.READ_FILE | kernel.WRITE_FILE))
     if temporary:
         rules.append((temporary, kernel.READABLE))
-    version = kernel.landlock_version()
-    machine = os.uname().machine
-    with open("/proc/self/statm") as file:
-        mapped = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    version, machine = kernel.landlock_version(), os.uname().machine
+    ruleset = kernel.landlock_ruleset(version, rules)
+    os.dup2(ruleset, RULESET, inheritable=False)
+    os.close(ruleset)
     return Confinement(
         zygote=os.getpid(),
-        ruleset=kernel.landlock_ruleset(version, rules),
         landlock=version,
-        mapped_bytes=mapped,
         memory_bytes=setup["memory_mb"] * _MEBIBYTE,
         output_bytes=setup["output_bytes"],
         directory=setup["workplace"] if setup["writable"] else temporary or "/",
@@ -252,10 +261,13 @@ def main(control_fd: int, host: int, setup_fd: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
-    control = socket.socket(fileno=control_fd)
     with open(setup_fd, encoding="utf-8") as file:
         file.seek(0)
         setup = json.load(file)
+    control_fd, host = _out_of_the_way(control_fd), _out_of_the_way(host)
+    for reserved in (SOCKET, RULESET, QUESTIONS):
+        os.dup2(0, reserved, inheritable=False)
+    control = socket.socket(fileno=control_fd)
     sys.path[:] = setup["path"]
     for name in [name for name in sys.modules if name.partition(".")[0] == "inside"]:
         del sys.modules[name]
@@ -275,6 +287,13 @@ def main(control_fd: int, host: int, setup_fd: int) -> None:
         zygote.close()
 
 
+def _out_of_the_way(fd: int) -> int:
+    """The same file at a descriptor above those that sessions use."""
+    above = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+    os.close(fd)
+    return above
+
+
 def _seed(seed: int) -> None:
     """Of `random` and of NumPy's legacy generator; a fork leaves them as they are."""
     random.seed(seed)
@@ -284,11 +303,11 @@ def _seed(seed: int) -> None:
 
 def _warm_up() -> None:
     """Do once what every session does first: it then writes to fewer pages of its own."""
-    output, sys.stdout = sys.stdout, io.TextIOWrapper(io.BytesIO(), "utf-8")
+    stdout, stderr = sys.stdout, sys.stderr
     interpreter = Interpreter(())
     for code in ("1 + 1", "def f(x):\n    return [x]\nprint(f(2))", "1 / 0", "import math") * 8:
         interpreter.run(code)
-    sys.stdout = output
+    sys.stdout, sys.stderr = stdout, stderr
 
 
 def _raise_descriptor_limit() -> None:
