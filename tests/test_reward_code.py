@@ -14,6 +14,7 @@ from retrain.loops.build import build_calculator
 from retrain.rewards import REWARDS, RewardSpec, resolve_reward, takes_sandbox
 from retrain.sandbox import MontySandbox, Result, Sandbox, SandboxUnavailable, make_sandbox
 from retrain.types import Message, MessageType, Rollout, Task, UserError
+from sandboxes import need_jail
 
 code_passes_tests = REWARDS["code_passes_tests"]
 
@@ -32,11 +33,8 @@ async def monty() -> AsyncIterator[Sandbox]:
 
 @pytest.fixture
 async def jail() -> AsyncIterator[Sandbox]:
-    try:
-        sandbox = make_sandbox("jail", timeout_s=1.0)
-        await sandbox.start()
-    except UserError as error:
-        pytest.skip(str(error))
+    need_jail()
+    sandbox = make_sandbox("jail", timeout_s=1.0)
     yield sandbox
     await sandbox.close()
 
@@ -431,8 +429,6 @@ async def test_numpy_values_count_as_plain_ones(jail: Sandbox) -> None:
         "def mean(xs):\n    return np.mean(xs)\n"
         "def grid(n):\n    return {'a': [np.arange(n), np.int64(n), np.bool_(True)]}"
     )
-    if "numpy" not in jail.capabilities.packages:
-        pytest.skip("this jail has no numpy")
     pair = {"call": "grid(3)", "expected": {"a": [[0, 1, 2], 3, True]}}
     statement = "assert mean([1, 2, 6]) == 3.0\nassert grid(1)['a'] == [[0], 1, True]"
     assert await grade(jail, code, pair, statement) == 1.0

@@ -152,7 +152,7 @@ async def test_a_cancelled_call_ends_the_session_at_once(sandbox: Sandbox) -> No
     await asyncio.wait_for(session.close(), 2)
 
 
-@pytest.mark.parametrize("code", ["x" * 500_000, "'\ud800'", "(" * 5000, "\0", "x = '\n"])
+@pytest.mark.parametrize("code", ["x" * 500_000, "'\ud800'", "(" * 5000, "x = '\n"])
 async def test_code_that_is_no_code_is_an_error(sandbox: Sandbox, code: str) -> None:
     bad, after = await run_all(sandbox, code, "1")
     assert bad.status == "error" and bad.error

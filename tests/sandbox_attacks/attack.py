@@ -43,6 +43,8 @@ class Attack:
     """How the call may end."""
     idle: bool = False
     """The session lives on and must use no processor time until the next call."""
+    scribbles: bool = False
+    """Its own threads may write over what the next call prints."""
     shows: str = ""
     """What a contained attack prints, where its silence could mean that it never ran."""
 

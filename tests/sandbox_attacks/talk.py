@@ -128,6 +128,7 @@ OUTPUT = [
         "def scribble():\n  while True: page[0:5] = b'y' * 5\n"
         "threading.Thread(target=scribble, daemon=True).start()",
         ("ok", "error"),
+        scribbles=True,
     ),
     Attack(
         "standard input",

@@ -265,8 +265,10 @@ def main(control_fd: int, host: int, setup_fd: int) -> None:
         file.seek(0)
         setup = json.load(file)
     control_fd, host = _out_of_the_way(control_fd), _out_of_the_way(host)
-    for reserved in (SOCKET, RULESET, QUESTIONS):
-        os.dup2(0, reserved, inheritable=False)
+    empty = _out_of_the_way(os.open(os.devnull, os.O_RDONLY))
+    for reserved in (0, SOCKET, RULESET, QUESTIONS):
+        os.dup2(empty, reserved, inheritable=False)
+    os.close(empty)
     control = socket.socket(fileno=control_fd)
     sys.path[:] = setup["path"]
     for name in [name for name in sys.modules if name.partition(".")[0] == "inside"]:
