@@ -313,6 +313,7 @@ class Seen:
 
     def __init__(self, inner: Sandbox) -> None:
         self.inner, self.stateful = inner, True
+        self.capabilities = inner.capabilities
         self.programs: list[str] = []
 
     async def session(self) -> Any:
@@ -494,3 +495,18 @@ def test_expected_values_from_json_are_plain() -> None:
     tests = json.loads('[{"call": "f()", "expected": {"a": [1, 2.5, null, true]}}]')
     function = resolve_reward("code_passes_tests", "rollout")
     RewardSpec("r", function, "rollout", params={"tests": tests, "sandbox": MontySandbox()})
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from __future__ import (\n    annotations,\n)\ndef f(x: Later) -> int:\n    return x + 1",
+        'TEXT = """\nfrom __future__ import nothing\n"""\ndef f(x):\n    return x + 1',
+        "def f(x):\n    return x + 1\nif __name__ == '__main__':\n    print(f(int(input())))",
+    ],
+    ids=["future in brackets", "future in a text", "a program too"],
+)
+async def test_code_that_is_a_good_module_passes(jail: Sandbox, code: str) -> None:
+    tests = [{"call": "f(1)  # one", "expected": 2}, "assert f(2) == 3"]
+    rollout = saying(f"```python\n{code}\n```")
+    assert await code_passes_tests(rollout, sandbox=jail, tests=tests) == 1

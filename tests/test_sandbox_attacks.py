@@ -38,7 +38,7 @@ pytestmark = [
 
 TIMEOUT_S, MARGIN_S, MEMORY_MB = 0.8, 1.5, 96
 MAX_OUTPUT_CHARS = 20_000
-MOST_THREADS = 64
+MOST_THREADS = 32
 """Twice the limit: several may be asked about at once."""
 OTHERS_SOCKETS, OTHERS_SHARED_MB = 500, 96
 """What the rest of the machine may come to hold meanwhile: these two are counted machine-wide."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from retrain.sandbox import JailSandbox, SandboxUnavailable
+from retrain.sandbox import JailSandbox, SandboxUnavailable, make_sandbox
 from retrain.sandbox.jail.session import JailSession
 from retrain.types import UserError
 from sandboxes import descendants, is_running, need_jail, open_descriptors
@@ -224,6 +225,118 @@ async def test_tracebacks_are_those_of_a_prompt(sandbox: JailSandbox) -> None:
     )
     wrong = await session.run("def f(:\n  pass")
     assert wrong.error.startswith('  File "<python-2>", line 1\n')
+
+
+async def test_an_answer_that_waits_while_the_host_was_busy_is_in_time(
+    sandbox: JailSandbox,
+) -> None:
+    sandbox.timeout_s = 0.3
+    session = await sandbox.session()
+    running = asyncio.create_task(session.run("6 * 7"))
+    await asyncio.sleep(0)
+    time.sleep(0.6)  # nothing is read meanwhile, and then timer and answer come together
+    assert (await running).stdout == "42\n"
+    assert await say(session, "1 + 1") == "2"
+
+
+async def test_calls_of_one_session_wait_for_one_another(sandbox: JailSandbox) -> None:
+    session = await sandbox.session()
+    results = await asyncio.gather(*(session.run(f"x = {n}\nx") for n in range(5)))
+    assert [result.stdout for result in results] == [f"{n}\n" for n in range(5)]
+
+
+async def test_a_call_that_is_cancelled_before_its_turn_ends_the_session_too() -> None:
+    need_jail()
+    sandbox = JailSandbox(packages=(), max_concurrency=1, timeout_s=1.0)
+    busy, waiting = await sandbox.session(), await sandbox.session()
+    running = asyncio.create_task(busy.run("while True: pass"))
+    await asyncio.sleep(0.05)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(waiting.run("1"), 0.1)
+    assert (await waiting.run("1")).error == "This session is over: a call was cancelled."
+    assert (await running).status == "timeout"
+    await sandbox.close()
+
+
+async def test_a_call_without_a_turn_is_the_sandboxs_failure(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    need_jail()
+    monkeypatch.setattr("retrain.sandbox.base.TURN_S", 0.1)
+    sandbox = JailSandbox(packages=(), max_concurrency=1, timeout_s=1.0)
+    busy, waiting = await sandbox.session(), await sandbox.session()
+    running = asyncio.create_task(busy.run("while True: pass"))
+    await asyncio.sleep(0.05)
+    with pytest.raises(SandboxUnavailable, match=r"no turn .* raise sandbox.max_concurrency"):
+        await waiting.run("1")
+    assert (await running).status == "timeout"
+    await sandbox.close()
+
+
+async def test_too_many_open_files_is_the_sandboxs_failure(sandbox: JailSandbox) -> None:
+    await sandbox.start()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() + 1, hard))
+    try:
+        with pytest.raises(SandboxUnavailable, match="open files"):
+            await sandbox.session()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert await say(await sandbox.session(), "1 + 1") == "2"
+
+
+async def test_a_start_that_is_interrupted_leaves_nothing() -> None:
+    need_jail()
+    sandbox = make_sandbox("auto", packages=["sympy"])
+    before = descendants(os.getpid())
+    starting = asyncio.create_task(sandbox.start())
+    await asyncio.sleep(0.1)
+    assert len(descendants(os.getpid())) > len(before)
+    starting.cancel()
+    await asyncio.wait({starting})
+    await sandbox.close()
+    assert await eventually(lambda: len(descendants(os.getpid())) <= len(before))
+
+
+async def test_a_copy_of_the_hosts_sockets_in_a_fork_keeps_nothing_alive(
+    sandbox: JailSandbox,
+) -> None:
+    await sandbox.start()
+    copy = os.fork()
+    if copy == 0:
+        time.sleep(30)
+        os._exit(0)
+    try:
+        start = time.monotonic()
+        await sandbox.close()
+        assert time.monotonic() - start < 3  # it would be killed after 5
+    finally:
+        os.kill(copy, signal.SIGKILL)
+        os.waitpid(copy, 0)
+
+
+async def test_files_go_when_the_zygote_is_killed(tmp_path: Path) -> None:
+    need_jail()
+    (tmp_path / "a.txt").write_text("hello")
+    sandbox = JailSandbox(packages=(), files={"a.txt": str(tmp_path / "a.txt")})
+    session = await sandbox.session()
+    place = Path(await say(session, "import os\nprint(os.getcwd())"))
+    assert place.is_dir()
+    os.kill(await zygote_of(sandbox), signal.SIGKILL)
+    assert await say(await eventually_new(sandbox), "1 + 1") == "2"
+    await sandbox.close()
+    del session, sandbox
+    gc.collect()
+    assert not place.exists()
+
+
+async def eventually_new(sandbox: JailSandbox) -> JailSession:
+    """A session of the next zygote, once the loss of the first is known."""
+    while True:
+        try:
+            return await sandbox.session()
+        except SandboxUnavailable:
+            await asyncio.sleep(0.05)
 
 
 # What sessions are given

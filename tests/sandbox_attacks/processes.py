@@ -45,7 +45,7 @@ FORKS = [
         "import threading, time\nthreading.stack_size(32768)\nn = 0\n"
         "try:\n  while True:\n"
         "    threading.Thread(target=time.sleep, args=(9,), daemon=True).start(); n += 1\n"
-        "except RuntimeError: print('contained', n < 64)",
+        "except RuntimeError: print('contained', n < 32)",
         shows="contained True",
         idle=True,
     ),

@@ -62,17 +62,18 @@ async def run(
     """
     checked = load_config(config, overrides, only=only)
     stages = resolve_stages(checked, only=only)
-    policy = load_policy(checked.model, seed=checked.seed)
     async with AsyncExitStack() as closing:
-        context = RunContext(policy, build_engine(checked, policy), build_sandbox(checked))
-        closing.push_async_callback(context.sandbox.close)
+        sandbox = build_sandbox(checked)
+        closing.push_async_callback(sandbox.close)
+        if any(kind != "sft" and runs_code(stage) for _, kind, stage in stages):
+            await sandbox.start()
+        policy = load_policy(checked.model, seed=checked.seed)
+        context = RunContext(policy, build_engine(checked, policy), sandbox)
         closing.push_async_callback(context.engine.close)
         prepared: list[Stage] = []
         for name, kind, stage_config in stages:
             prepared.append(STAGES[kind].prepare(name, stage_config, context))
             closing.push_async_callback(prepared[-1].close)
-        if any(kind != "sft" and runs_code(stage) for _, kind, stage in stages):
-            await context.sandbox.start()
         directory = RunDirectory.create(checked.output_dir, checked.experiment_name)
         directory.write_text("config.yaml", dump_yaml(checked))
         with Progress(checked.tracking.progress) as progress:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from retrain.rewards.base import reward
+from retrain.rewards.code_module import as_module
 from retrain.rewards.code_tests import CodeTest, Script, parse_test, run_once
 from retrain.rewards.extract import Scope, judged_text, last_between_tags, last_fenced
 from retrain.rewards.text import check_scope
@@ -100,6 +101,8 @@ def _task_tests(rollout: Rollout) -> Any:
 async def _runnable(tests: Sequence[CodeTest], sandbox: Sandbox, code: str) -> Sequence[CodeTest]:
     """The tests, without those that call into the code when it fails by itself."""
     scripts = [test for test in tests if isinstance(test, Script)]
-    if len(scripts) == len(tests) or (await run_once(sandbox, code)).status == "ok":
+    if len(scripts) == len(tests):
+        return tests
+    if (await run_once(sandbox, as_module(code, sandbox))).status == "ok":
         return tests
     return scripts

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import ast
 import builtins
-import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from retrain.rewards.code_module import as_module
 from retrain.rewards.literals import NotLiteral, read_literal, same_value, write_literal
 from retrain.sandbox.base import Result, Sandbox, SandboxUnavailable
 
@@ -95,8 +95,6 @@ sys.stdin = io.TextIOWrapper(io.BytesIO({stdin!r}), encoding="utf-8")
 sys.stderr = io.StringIO()
 exec(compile({code!r}, "script.py", "exec"), {{"__name__": "__main__"}})
 """
-
-_FUTURE = re.compile(r"^from __future__ import .*\n?", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -262,14 +260,11 @@ class _Callee:
             _Unfinished: there is no answer.
         """
         nonce = secrets.token_hex(16)
-        split = max((match.end() for match in _FUTURE.finditer(self.code)), default=0)
-        calls = [f"_ask_{nonce}(lambda: ({call}), True)" for call in self.kept]
+        calls = [f"_ask_{nonce}(lambda: ({call}\n), True)" for call in self.kept]
         lines = [
-            self.code[:split],
-            _TOOLS.replace("NONCE", nonce),
-            self.code[split:],
+            as_module(self.code, self.sandbox, _TOOLS.replace("NONCE", nonce)),
             *calls,
-            f"_ask_{nonce}(lambda: ({expression}), False)",
+            f"_ask_{nonce}(lambda: ({expression}\n), False)",
         ]
         result = await run_once(self.sandbox, "\n".join(lines))
         _refuse_small_output(result, needed)
@@ -351,7 +346,7 @@ def parse_test(test: Any) -> CodeTest:
 def _pair(call: Any, expected: Any) -> Pair:
     if not isinstance(call, str):
         raise ValueError(f"call {call!r} is not an expression in quotes")
-    _parse(f"({call})", call)
+    _parse(f"({call}\n)", call)
     try:
         write_literal(expected)
     except NotLiteral as error:

@@ -41,8 +41,9 @@ class AutoSandbox:
         return await (await self._choose()).session()
 
     async def close(self) -> None:
-        if self._chosen is not None:
-            await self._chosen.close()
+        """All of them: one may be starting still."""
+        for sandbox in self.candidates.values():
+            await sandbox.close()
 
     async def _choose(self) -> Sandbox:
         async with self._choosing.get():
@@ -54,7 +55,7 @@ class AutoSandbox:
         reasons = []
         for name, sandbox in self.candidates.items():
             try:
-                await sandbox.start()
+                await _start(sandbox)
             except (UserError, SandboxUnavailable) as error:
                 await sandbox.close()
                 reasons.append(f"{name}: {' '.join(str(error).split())}")
@@ -72,3 +73,11 @@ class AutoSandbox:
             f"no sandbox works here: {'; '.join(reasons)}",
             "run `retrain doctor`; code of the model never runs without one",
         )
+
+
+async def _start(sandbox: Sandbox) -> None:
+    """Twice, when it fails this time: a weaker one is for good."""
+    try:
+        await sandbox.start()
+    except SandboxUnavailable:
+        await sandbox.start()

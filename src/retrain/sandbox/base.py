@@ -6,6 +6,9 @@ asks for more is refused. Each passes the contract tests of what it declares.
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -59,6 +62,10 @@ def out_of_time(timeout_s: float) -> str:
     return f"TimeoutError: the code ran longer than {timeout_s:g} s"
 
 
+TURN_S = 20.0
+"""How long a call may wait for its turn: less than a tool may take, so that the model is not
+blamed for it."""
+
 OUT_OF_MEMORY = "MemoryError: the code used more memory than it may"
 
 
@@ -95,6 +102,26 @@ class Capabilities:
     """Code can write files, which go with the session."""
     isolation: str
     """What stands between the code and this machine, in one line."""
+
+
+@asynccontextmanager
+async def turn(gate: asyncio.Semaphore) -> AsyncIterator[None]:
+    """One of the places that a gate has.
+
+    Raises:
+        SandboxUnavailable: none became free in TURN_S.
+    """
+    try:
+        async with asyncio.timeout(TURN_S if gate.locked() else None):
+            await gate.acquire()
+    except TimeoutError:
+        raise SandboxUnavailable(
+            f"no turn for a call in {TURN_S:g} s; raise sandbox.max_concurrency"
+        ) from None
+    try:
+        yield
+    finally:
+        gate.release()
 
 
 class Session(Protocol):

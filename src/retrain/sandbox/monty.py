@@ -26,6 +26,7 @@ from retrain.sandbox.base import (
     check_limits,
     out_of_time,
     over,
+    turn,
 )
 from retrain.sandbox.last_expression import assign_last_expression
 from retrain.sandbox.output import BoundedText, cut_middle
@@ -146,7 +147,7 @@ class MontySandbox:
 
     async def _start(self) -> AsyncMonty:
         """The pool, opened once whoever asks first; a finished task may be read from any loop."""
-        if self._pool is None:
+        if self._pool is None or self._pool.cancelled():
             self._pool = asyncio.create_task(self._open())
         try:
             return await asyncio.shield(self._pool)
@@ -202,10 +203,16 @@ class MontySession:
         if len(code) > MAX_CODE_CHARS:
             return Result("error", error=f"SyntaxError: more than {MAX_CODE_CHARS} characters")
         output = BoundedText(self._max_output_chars)
-        async with self._gate:
-            start = time.perf_counter()
-            status, error = await self._feed(code, output)
-            wall_s = time.perf_counter() - start
+        try:
+            async with turn(self._gate):
+                if self._dead:
+                    return over(self._dead)
+                start = time.perf_counter()
+                status, error = await self._feed(code, output)
+                wall_s = time.perf_counter() - start
+        except asyncio.CancelledError:
+            self._dead = "a call was cancelled"
+            raise
         if status not in ALIVE:
             self._dead = OVER_AFTER[status]
         error = cut_middle(error, self._max_output_chars)
@@ -221,9 +228,6 @@ class MontySession:
         try:
             feed = return_last_expression(code, self._max_output_chars)
             value = await self._worker.feed_run(feed, print_callback=on_print)
-        except asyncio.CancelledError:
-            self._dead = "a call was cancelled"
-            raise
         except (MontyRuntimeError, MontySyntaxError) as raised:
             return self._explain(raised, time.perf_counter() - start)
         except MontyCrashedError as crash:

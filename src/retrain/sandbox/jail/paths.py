@@ -68,7 +68,10 @@ def _workplace(paths: list[str]) -> str:
     for directory in _WORKPLACES:
         if os.path.isdir(directory) and not any(p.startswith(f"{directory}/") for p in paths):
             return directory
-    return ""
+    raise UserError(
+        f"the jail finds no directory of {', '.join(_WORKPLACES)} that holds no package",
+        "install Python or its packages elsewhere",
+    )
 
 
 def _add_standard_library(found: Readable) -> None:

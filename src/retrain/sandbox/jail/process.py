@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -21,6 +23,7 @@ from retrain.sandbox.base import SandboxUnavailable
 from retrain.sandbox.jail.inside.wire import (
     ENDED,
     FAILED,
+    FILES_PREFIX,
     REPLY,
     SPAWN,
     SPAWNED,
@@ -110,7 +113,9 @@ class ZygoteProcess:
             theirs.close()
             os.close(host)
             os.close(setup_fd)
-        self._abandon = weakref.finalize(self, _abandon, self._control, self._popen)
+        self._left_behind: list[str] = []
+        """The zygote's directory of files, for when it cannot remove it itself."""
+        weakref.finalize(self, _abandon, self._control, self._popen, self._left_behind)
         asyncio.get_running_loop().add_reader(self._control.fileno(), self._on_message)
 
     async def started(self) -> dict[str, Any]:
@@ -157,6 +162,7 @@ class ZygoteProcess:
                 self._popen.kill()
             await asyncio.sleep(0.002)
         self._said.close()
+        _remove(self._left_behind)
 
     def last_words(self) -> str:
         """The end of what it wrote to its standard error."""
@@ -204,6 +210,7 @@ class ZygoteProcess:
         answer = json.loads(message[1:])
         if message[:1] == STARTED:
             self._started.set_result(answer)
+            self._left_behind.append(answer["temporary"])
         else:
             self._started.set_exception(ZygoteFailed(f"{answer['kind']}: {answer['reason']}"))
 
@@ -218,8 +225,10 @@ class ZygoteProcess:
             for fd in fds:  # nobody waits for it any more
                 signal.pidfd_send_signal(fd, signal.SIGKILL)
                 os.close(fd)
-        elif kind == SPAWNED:
+        elif kind == SPAWNED and fds:
             future.set_result(fds[0])
+        elif kind == SPAWNED:
+            future.set_exception(SandboxUnavailable("jail: too many open files"))
         elif kind == FAILED:
             self._sessions.pop(identity, None)
             future.set_exception(SandboxUnavailable(f"jail: no new process: {os.strerror(value)}"))
@@ -229,7 +238,7 @@ class ZygoteProcess:
             return
         self.lost = reason
         asyncio.get_running_loop().remove_reader(self._control.fileno())
-        self._control.close()
+        _hang_up(self._control)
         if not self._started.done():
             self._started.set_exception(ZygoteFailed(reason))
             self._started.exception()
@@ -262,11 +271,27 @@ def _raise_descriptor_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _abandon(control: socket.socket, popen: subprocess.Popen[bytes]) -> None:
-    """Let go of a zygote that nobody closed; it ends when its socket does."""
+def _hang_up(control: socket.socket) -> None:
+    """Also for copies of the socket that processes forked from this one may hold."""
+    with contextlib.suppress(OSError):
+        control.shutdown(socket.SHUT_RDWR)
     control.close()
+
+
+def _remove(directories: list[str]) -> None:
+    for directory in directories:
+        if Path(directory).name.startswith(FILES_PREFIX):
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _abandon(
+    control: socket.socket, popen: subprocess.Popen[bytes], left_behind: list[str]
+) -> None:
+    """Let go of a zygote that nobody closed; it ends when its socket does."""
+    _hang_up(control)
     try:
         popen.wait(_CLOSE_S)
     except subprocess.TimeoutExpired:
         popen.kill()
         popen.wait()
+    _remove(left_behind)

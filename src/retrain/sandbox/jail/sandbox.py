@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,7 @@ PACKAGES = ("numpy", "sympy")
 
 _OUTPUT_BYTES_PER_CHAR = 64
 _MIN_OUTPUT_BYTES = 2**20
+_SELF_TEST_S = 30.0
 
 _log = logging.getLogger(__name__)
 
@@ -75,7 +77,7 @@ class JailSandbox:
             seed: of the generators named above.
 
         Raises:
-            UserError: a package or file that is not there, or a number that cannot be.
+            UserError: a file that cannot be read, or a number that cannot be.
         """
         check_limits(
             timeout_s=timeout_s,
@@ -117,17 +119,16 @@ class JailSandbox:
         task = self._zygotes.pop()
         if task is None:
             return
-        try:
-            zygote = await task
-        except (UserError, SandboxUnavailable):
-            return
-        await zygote.close()
+        task.cancel()
+        await asyncio.wait({task})
+        if not task.cancelled() and task.exception() is None:
+            await task.result().close()
 
-    async def _open(self, zygote: ZygoteProcess) -> JailSession:
+    async def _open(self, zygote: ZygoteProcess, *, for_self_test: bool = False) -> JailSession:
         session = JailSession(
             zygote,
-            timeout_s=self.timeout_s,
-            max_output_chars=self.max_output_chars,
+            timeout_s=_SELF_TEST_S if for_self_test else self.timeout_s,
+            max_output_chars=_MIN_OUTPUT_BYTES if for_self_test else self.max_output_chars,
             output_bytes=self._output_bytes,
         )
         await session.open()
@@ -152,12 +153,17 @@ class JailSandbox:
             raise UserError("the jail works on Linux only", "use sandbox type: monty")
         readable = readable_paths(self.packages)
         command = bubblewrap_command(readable) if self.bubblewrap else []
-        zygote = ZygoteProcess(command, self._setup(readable), self.max_concurrency)
+        try:
+            zygote = ZygoteProcess(command, self._setup(readable), self.max_concurrency)
+        except OSError as error:
+            if error.errno in (errno.ENOSYS, errno.EPERM):
+                raise UserError(
+                    f"the jail does not work here: {error}", "retrain doctor says what does"
+                ) from error
+            raise SandboxUnavailable(f"jail: it could not start: {error}") from error
         try:
             said = await zygote.started()
-            session = await self._open(zygote)
-            found = await breaches(session)
-            await session.close()
+            found = await breaches(await self._open(zygote, for_self_test=True))
         except ZygoteFailed as error:
             await zygote.close()
             raise UserError(

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Protocol
 
-from retrain.sandbox.base import Result, SandboxUnavailable
+from retrain.sandbox.base import SandboxUnavailable, Session
 
 _ATTEMPTS = """
 import ctypes, json, os, socket
@@ -53,18 +52,15 @@ print(json.dumps(succeeded))
 _PTRACE_UNSHARE = {"x86_64": (101, 272), "aarch64": (117, 97)}
 
 
-class _Runs(Protocol):
-    async def run(self, code: str) -> Result: ...
-
-
-async def breaches(session: _Runs) -> list[str]:
-    """What code in this session could do and must not; empty for a jail that holds.
+async def breaches(session: Session) -> list[str]:
+    """What code in this session, which ends, could do and must not; empty for a jail that holds.
 
     Raises:
         SandboxUnavailable: the attempts themselves did not run.
     """
     numbers = _PTRACE_UNSHARE.get(os.uname().machine, ())
     result = await session.run(f"NUMBERS = {numbers!r}\n{_ATTEMPTS}")
+    await session.close()
     try:
         found = json.loads(result.stdout)
     except ValueError:

@@ -19,6 +19,7 @@ from retrain.sandbox.base import (
     Status,
     out_of_time,
     over,
+    turn,
 )
 from retrain.sandbox.jail.inside.wire import (
     MAX_ERROR_BYTES,
@@ -34,6 +35,10 @@ MAX_CODE_BYTES = 400_000
 
 _END_S = 5.0
 """How long to wait for word of how a process ended."""
+
+
+_CLOSED = socket.socket()
+_CLOSED.close()
 
 
 class JailSession:
@@ -67,9 +72,9 @@ class JailSession:
         self._timed_out = False
         self._hung_up = False
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._pidfd = -1
-        self._output = os.memfd_create("output")
-        self._channel, self._theirs = socket.socketpair()
+        self._one_at_a_time = asyncio.Lock()
+        self._pidfd = self._output = -1
+        self._channel = _CLOSED
 
     async def open(self) -> None:
         """Have the process forked and locked in.
@@ -77,11 +82,13 @@ class JailSession:
         Raises:
             SandboxUnavailable: that failed.
         """
-        self._channel.setblocking(False)
-        fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
         try:
-            self._pidfd = await self._process.spawn(self._theirs, self._output, self)
-            self._theirs.close()
+            self._output = os.memfd_create("output")
+            fcntl.fcntl(self._output, fcntl.F_SETFL, os.O_APPEND)
+            self._channel, theirs = socket.socketpair()
+            self._channel.setblocking(False)
+            with theirs:
+                self._pidfd = await self._process.spawn(theirs, self._output, self)
             asyncio.get_running_loop().add_reader(self._channel.fileno(), self._on_readable)
             async with asyncio.timeout(_END_S):
                 while not self._received and not self._hung_up:
@@ -93,6 +100,9 @@ class JailSession:
         except TimeoutError:
             self._end("it did not start")
             raise SandboxUnavailable(f"jail: a session was not ready after {_END_S:g} s") from None
+        except OSError as error:
+            self._end("it did not start")
+            raise SandboxUnavailable(f"jail: no new session: {error}") from error
         except BaseException:
             self._end("it did not start")
             raise
@@ -104,21 +114,15 @@ class JailSession:
             return Result("error", error=f"SyntaxError: {half}")
         if len(source) > MAX_CODE_BYTES:
             return Result("error", error=f"SyntaxError: more than {MAX_CODE_BYTES} bytes of code")
-        async with self._process.gate:
-            if self._lost:
-                raise SandboxUnavailable(f"jail: {self._lost}")
-            if self._over:
-                return over(self._over)
-            start = time.perf_counter()
-            self._busy = True
-            try:
-                status, error = await self._call(source)
-            except BaseException:
-                self._end("a call was cancelled")
-                raise
-            finally:
-                self._busy = False
-            return self._result(status, error, time.perf_counter() - start)
+        try:
+            async with self._one_at_a_time, turn(self._process.gate):
+                return await self._timed(source)
+        except asyncio.CancelledError:
+            self._end("a call was cancelled")
+            raise
+        except SandboxUnavailable:
+            self._end("the sandbox failed")
+            raise
 
     async def close(self) -> None:
         self._end("it was closed")
@@ -134,6 +138,19 @@ class JailSession:
         self._news.set()
         if not self._busy:
             self._end("the sandbox failed")
+
+    async def _timed(self, source: bytes) -> Result:
+        if self._lost:
+            raise SandboxUnavailable(f"jail: {self._lost}")
+        if self._over:
+            return over(self._over)
+        start = time.perf_counter()
+        self._busy = True
+        try:
+            status, error = await self._call(source)
+        finally:
+            self._busy = False
+        return self._result(status, error, time.perf_counter() - start)
 
     async def _call(self, source: bytes) -> tuple[Status, str]:
         """What came of it.
@@ -219,6 +236,8 @@ class JailSession:
         self._news.clear()
 
     def _on_readable(self) -> None:
+        if self._hung_up:
+            return
         try:
             data = self._channel.recv(65_536)
         except BlockingIOError:
@@ -231,6 +250,10 @@ class JailSession:
         self._news.set()
 
     def _on_time_out(self) -> None:
+        """Unless an answer waits to be read: then it is this process that was busy."""
+        self._on_readable()
+        if len(self._received) >= RESPONSE.size:
+            return
         self._timed_out = True
         self._signal(signal.SIGKILL)
         self._stop_listening()
@@ -270,10 +293,16 @@ class JailSession:
         self._over = reason
         self._stop_listening()
         self._channel.close()
-        self._theirs.close()
         self._signal(signal.SIGKILL)
-        if self._pidfd >= 0:
-            os.close(self._pidfd)
-            self._pidfd = -1
-        os.close(self._output)
+        self._close_descriptors()
         self._news.set()
+
+    def _close_descriptors(self) -> None:
+        descriptors = self._pidfd, self._output
+        self._pidfd = self._output = -1
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    def __del__(self) -> None:
+        self._close_descriptors()

@@ -105,13 +105,10 @@ def _standard_streams() -> tuple[io.TextIOWrapper, io.TextIOWrapper]:
 
 def bounded(text: str) -> str:
     """At most MAX_ERROR_BYTES of UTF-8, the middle left out."""
-    quarter = MAX_ERROR_BYTES // 8
-    if len(text) <= 2 * quarter:
+    end = MAX_ERROR_BYTES // 16  # in characters, which may take four bytes each
+    if len(text) <= 2 * end:
         return text
-    return (
-        f"{text[:quarter]}\n... [{len(text) - 2 * quarter} characters left out] ...\n"
-        + (text[-quarter:])
-    )
+    return f"{text[:end]}\n... [{len(text) - 2 * end} characters left out] ...\n{text[-end:]}"
 
 
 def _drop_own_frames(shown: traceback.TracebackException) -> None:

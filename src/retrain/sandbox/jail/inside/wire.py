@@ -32,3 +32,6 @@ STATUSES: tuple[Literal["ok", "error", "exit", "memory"], ...] = ("ok", "error",
 """What a session may claim; the other ends of a call are seen from outside."""
 
 MAX_ERROR_BYTES = 65_536
+
+FILES_PREFIX = "retrain-files-"
+"""How the name of a directory with the sandbox's files begins."""

@@ -39,7 +39,7 @@ from .session import (
     prepare,
     run_session,
 )
-from .wire import ENDED, FAILED, REPLY, SPAWN, SPAWNED, STARTED, UNUSABLE
+from .wire import ENDED, FAILED, FILES_PREFIX, REPLY, SPAWN, SPAWNED, STARTED, UNUSABLE
 
 MAX_THREADS = 16
 """Of one session, its first included."""
@@ -95,7 +95,7 @@ class Zygote:
             _give_up_privileges(setup["readable"])
         self._temporary = ""
         if files and not writable:
-            self._temporary = tempfile.mkdtemp(prefix="retrain-files-")
+            self._temporary = tempfile.mkdtemp(prefix=FILES_PREFIX)
             place_files(files, self._temporary)
         self._confinement = _confinement(setup, files, self._temporary)
         _warm_up()
@@ -109,6 +109,7 @@ class Zygote:
         return {
             "landlock": self._confinement.landlock,
             "uid": os.geteuid(),
+            "temporary": self._temporary,
         }
 
     def serve(self) -> None:
