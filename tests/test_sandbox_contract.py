@@ -228,14 +228,22 @@ async def test_full_python_is_full(sandbox: Sandbox, code: str) -> None:
     [result] = await run_all(sandbox, code)
     if sandbox.capabilities.full_python:
         assert (result.status, result.error) == ("ok", "")
-    else:
-        assert result.status in ("ok", "error")
+    elif result.status != "ok":
+        assert result.status == "error" and result.error
+
+
+async def test_a_subset_of_python_says_what_it_lacks(sandbox: Sandbox) -> None:
+    if sandbox.capabilities.full_python:
+        pytest.skip("lacks nothing")
+    for code in (FULL_PYTHON["inheritance"], FULL_PYTHON["generators"]):
+        [result] = await run_all(sandbox, code)
+        assert "this Python does not support" in result.error
 
 
 async def test_files_are_there_where_they_are_promised(make: Make, tmp_path: Path) -> None:
     (tmp_path / "local.csv").write_text("a,b\n1,2\n")
     if not make().capabilities.files:
-        return
+        pytest.skip("promises none")
     sandbox = make(files={"data/table.csv": str(tmp_path / "local.csv")})
     await sandbox.start()
     [result] = await run_all(sandbox, "open('data/table.csv').read()")

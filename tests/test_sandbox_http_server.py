@@ -130,7 +130,18 @@ async def test_a_server_in_trouble_is_unavailable(
         await run(sandbox)
 
 
-@pytest.mark.parametrize("code", [301, 400, 401, 403, 404, 413, 422])
+async def test_code_that_is_too_large_for_the_server_is_the_models_fault(
+    server: RunCodeServer, sandbox: HttpSandbox
+) -> None:
+    await sandbox.start()
+    server.status_code = 413
+    result = await run(sandbox, "1")
+    assert result.status == "error" and result.error.startswith("SyntaxError: too much code")
+    with pytest.raises(UserError, match="answered 413"):
+        await HttpSandbox(server.url).start()
+
+
+@pytest.mark.parametrize("code", [301, 400, 401, 403, 404, 422])
 async def test_a_refusal_is_the_users_to_fix(
     server: RunCodeServer, sandbox: HttpSandbox, code: int
 ) -> None:

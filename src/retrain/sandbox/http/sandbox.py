@@ -31,6 +31,7 @@ from retrain.sandbox.http.answer import Answer, split_traceback
 from retrain.sandbox.http.server import (
     MAX_ANSWER_BYTES,
     Server,
+    TooLarge,
     Unreachable,
     WrongProtocol,
     printable,
@@ -163,7 +164,10 @@ class HttpSandbox:
         """
         shown = assign_last_expression(code)
         program = code if shown is None else f"{shown}\n{_SHOW}"
-        answer, wall_s = await self._server.run(program, self.timeout_s)
+        try:
+            answer, wall_s = await self._server.run(program, self.timeout_s)
+        except TooLarge as failure:  # the self-test passed, so it is the code
+            return Result("error", error=f"SyntaxError: too much code: {failure}")
         status, stdout, error = self._judge(answer, self.timeout_s)
         return Result(
             status,
@@ -205,7 +209,7 @@ class HttpSandbox:
             raise UserError(
                 f"sandbox.url: {failure}", "check the address, and that the server is up"
             ) from failure
-        except WrongProtocol as failure:
+        except (WrongProtocol, TooLarge) as failure:
             raise UserError(
                 f"sandbox.url: {failure}",
                 "give the address of a server that speaks SandboxFusion's POST /run_code",

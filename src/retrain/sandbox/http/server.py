@@ -34,11 +34,16 @@ _SHOWN_BYTES = 2**14
 """Read of an answer that is an error."""
 
 _BUSY = (408, 425, 429)
+_TOO_LARGE = 413
 """The 4xx codes that speak of the moment, not of the request."""
 
 
 class Unreachable(SandboxUnavailable):
     """No connection."""
+
+
+class TooLarge(Exception):
+    """The server takes no request of this size."""
 
 
 class WrongProtocol(SandboxUnavailable):
@@ -95,7 +100,7 @@ class Server:
         None stands for an answer that is too long to be read.
 
         Raises:
-            Unreachable, WrongProtocol, SandboxUnavailable: there is no answer this time.
+            Unreachable, WrongProtocol, TooLarge, SandboxUnavailable: there is no answer this time.
             UserError: the server refused the request.
         """
         line = self._lines.get()
@@ -117,6 +122,8 @@ class Server:
         status_code, body = await self._post(client, self._body(program, timeout_s), timeout_s)
         if status_code >= 500 or status_code in _BUSY:
             raise SandboxUnavailable(f"{self.shown} answered {status_code}: {printable(body)}")
+        if status_code == _TOO_LARGE:
+            raise TooLarge(f"{self.shown} answered {status_code}: {printable(body)}")
         if not 200 <= status_code < 300:
             raise UserError(
                 f"sandbox.url: {self.shown} answered {status_code}: {printable(body)}",
