@@ -181,16 +181,21 @@ class JailSession:
 
     def _answer(self, nonce: bytes) -> tuple[Status, str] | None:
         """The process's answer, once it is complete."""
-        if len(self._received) < RESPONSE.size:
+        if not self._is_answered():
             return None
         echoed, status, length = RESPONSE.unpack_from(self._received)
         if echoed != nonce or status >= len(STATUSES) or length > MAX_ERROR_BYTES:
             return "killed", "The process answered in a form of its own."
-        if len(self._received) < RESPONSE.size + length:
-            return None
         text = bytes(self._received[RESPONSE.size : RESPONSE.size + length])
         del self._received[: RESPONSE.size + length]
         return STATUSES[status], text.decode("utf-8", "replace")
+
+    def _is_answered(self) -> bool:
+        """Whether an answer is there, or the beginning of what can be none."""
+        if len(self._received) < RESPONSE.size:
+            return False
+        length: int = RESPONSE.unpack_from(self._received)[2]
+        return length > MAX_ERROR_BYTES or len(self._received) >= RESPONSE.size + length
 
     async def _cause_of_death(self) -> tuple[Status, str]:
         if self._lost:
@@ -252,7 +257,7 @@ class JailSession:
     def _on_time_out(self) -> None:
         """Unless an answer waits to be read: then it is this process that was busy."""
         self._on_readable()
-        if len(self._received) >= RESPONSE.size:
+        if self._is_answered() or self._hung_up:
             return
         self._timed_out = True
         self._signal(signal.SIGKILL)
