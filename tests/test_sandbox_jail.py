@@ -276,7 +276,9 @@ async def test_a_call_without_a_turn_is_the_sandboxs_failure(
 async def test_too_many_open_files_is_the_sandboxs_failure(sandbox: JailSandbox) -> None:
     await sandbox.start()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (open_descriptors() + 1, hard))
+    lowest_free = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free + 1, hard))
     try:
         with pytest.raises(SandboxUnavailable, match="open files"):
             await sandbox.session()
