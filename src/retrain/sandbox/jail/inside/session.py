@@ -189,8 +189,11 @@ def _serve(channel: socket.socket, interpreter: Interpreter) -> None:
 
 
 def _receive(channel: socket.socket, size: int) -> bytes:
-    """That many bytes; none at the end of the stream."""
-    data = channel.recv(size)
-    while data and len(data) < size:
-        data += channel.recv(size - len(data))
+    """That many bytes; none when the stream ends before."""
+    data = b""
+    while len(data) < size:
+        piece = channel.recv(size - len(data))
+        if not piece:
+            return b""
+        data += piece
     return data
