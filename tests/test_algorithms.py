@@ -1,4 +1,4 @@
-"""Advantages, losses and weights against numbers worked out by hand."""
+"""GRPO, the clipped surrogate and cross-entropy against numbers worked out by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from retrain.algorithms import cross_entropy, grpo, ppo_clip, token_weights
+from retrain.algorithms import cross_entropy, grpo, ppo_clip
 
 
 def f64(*values: float) -> torch.Tensor:
@@ -72,7 +72,9 @@ def test_ppo_clip_counts_and_masks() -> None:
         logprobs, old, f64(*advantages).expand(2, 7), mask, clip_low=0.2, clip_high=0.28
     )
     loss.sum().backward()
-    assert metrics["clipped"].item() == 2
+    assert metrics["clipped_low"].item() == 1
+    assert metrics["clipped_high"].item() == 1
+    assert "clipped_dual" not in metrics
     assert metrics["ratio"].item() == pytest.approx(1.5 + 0.5 + 1.5 + 0.5 + 1.1 + 0.9 + 1.0)
     assert logprobs.grad is not None
     assert not loss[1].any() and logprobs.grad[1].tolist() == [0.0] * 7
@@ -84,19 +86,3 @@ def test_cross_entropy_by_hand() -> None:
     loss.sum().backward()
     assert loss.tolist() == [0.5, 2.0, 0.0]
     assert logprobs.grad is not None and logprobs.grad.tolist() == [-1.0, -1.0, 0.0]
-
-
-def test_token_mean_counts_every_token_the_same() -> None:
-    assert token_weights([2, 3, 5], ["a", "a", "b"], "token_mean") == [0.1, 0.1, 0.1]
-
-
-def test_sequence_mean_counts_a_rollout_over_all_its_segments() -> None:
-    # rollout a has 2 + 2 tokens in two segments, b has 5: 1 / (4 * 2) and 1 / (5 * 2)
-    assert token_weights([2, 2, 5], ["a", "a", "b"], "sequence_mean") == [0.125, 0.125, 0.1]
-
-
-def test_rollouts_without_trained_tokens_do_not_dilute_the_mean() -> None:
-    assert token_weights([0, 4], ["a", "b"], "sequence_mean") == [0.0, 0.25]
-    assert token_weights([0, 4], ["a", "b"], "token_mean") == [0.25, 0.25]
-    for how in ("token_mean", "sequence_mean"):
-        assert token_weights([0, 0], ["a", "b"], how) == [0.0, 0.0]  # type: ignore[arg-type]

@@ -114,7 +114,7 @@ def test_discriminated_unions(path: str, value: object, expected: str) -> None:
          "of zero"),
         ("algorithm.hyperparameters.top_p", 0.9, "top_p is refused for training"),
         ("algorithm.hyperparameters.top_k", 5, "use top_k in evaluation.modes"),
-        ("algorithm.name", "ppo", "algorithm 'ppo' is not built; the one there is: grpo"),
+        ("algorithm.name", "ppoo", "algorithm 'ppoo' is not built; there are: grpo, dr_grpo"),
         ("algorithm.backend", "verl", "backend 'verl' is not built; the one there is: torch"),
         ("engine.type", "vllm", "engine.type: engine 'vllm' is not built"),
         ("sandbox.type", "docker", "sandbox.type: input should be 'auto', 'jail', "),

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
@@ -20,9 +21,13 @@ from typer.testing import CliRunner
 
 from retrain import load_config, run_sync
 from retrain.cli import app
+from retrain.config.algorithm import AlgorithmConfig
 from retrain.config.load import merge
+from retrain.config.model import ModelConfig
+from retrain.config.presets import PRESETS
 from retrain.importing import import_object
 from retrain.loops.build import build_sandbox
+from retrain.models import load_policy
 from retrain.rewards import resolve_reward
 from retrain.tools import resolve_tool
 
@@ -78,7 +83,7 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return unpack("README.md", tmp_path)
 
 
-def parse(text: str) -> dict[str, object]:
+def parse(text: str) -> dict[str, Any]:
     data = YAML(typ="safe", pure=True).load(text)
     assert isinstance(data, dict)
     return data
@@ -158,6 +163,44 @@ def test_python_of_the_readme_trains(readme: Path) -> None:
     assert (readme / path / "metrics.jsonl").is_file()
     assert checkpoint == f"{path}/checkpoints/rl"
     assert 0 < float(reward) <= 1.1
+
+
+def test_the_readmes_own_loop_trains(readme: Path) -> None:
+    model = parse(TINY_MODEL)["model"]
+    model["from_scratch"]["tokenizer"]["corpus"] = "runs:corpus"
+    policy = load_policy(ModelConfig.model_validate(model))
+    policy.model.save_pretrained(readme / "model")  # type: ignore[operator]
+    policy.tokenizer.save_pretrained(readme / "model")
+    code = (readme / "own_loop.py").read_text(encoding="utf-8")
+    for written, tried in {
+        "lr=1e-6": "lr=1e-2",
+        "max_new_tokens=256": "max_new_tokens=8",
+        "BoxedReward()\n": "lambda rollouts, answers: range(8)\n",
+        "AutoModelForCausalLM.from_pretrained(directory)": "kept",
+    }.items():
+        assert written in code
+        code = code.replace(written, tried)
+    code += """
+kept = AutoModelForCausalLM.from_pretrained("model")
+before = {name: p.detach().clone() for name, p in kept.named_parameters()}
+train("model", [("2 + 3?", "5"), ("4 + 4?", "8")])
+print(all((p != before[name]).any() for name, p in kept.named_parameters()))
+"""
+    assert execute(readme, code) == "True\n"
+
+
+def test_the_page_on_algorithms_says_what_presets_are() -> None:
+    for block in blocks("docs/algorithms.md"):
+        AlgorithmConfig.model_validate(parse(block.text)["algorithm"])
+    text = (ROOT / "docs/algorithms.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (.*?) \| (.*?) \| `(\w+)` \|", text, re.MULTILINE)
+    assert [name for name, *_ in rows] == list(PRESETS)
+    for name, _, divided, loss, aggregation in rows:
+        settings = AlgorithmConfig(name=name).hyperparameters
+        assert aggregation == settings.aggregation
+        assert f"`{settings.loss}`" in loss
+        words = {"group": "group's std", "batch": "batch", "none": "nothing"}
+        assert divided == words[settings.normalize_advantages]
 
 
 def test_the_readmes_own_reward_tool_and_environment_are_found(readme: Path) -> None:

@@ -13,8 +13,9 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from retrain.engines.base import Completion, GenerateRequest, SamplingParams
+from retrain.engines.prefix import PrefixAttention
 from retrain.engines.torch_engine import TorchEngine
-from retrain.models.forward import selected_logprobs
+from retrain.models.scores import selected_logprobs
 from retrain.types import InfrastructureError, UserError
 from test_forward import tiny_cohere, tiny_gemma2, tiny_lora, tiny_mamba
 from tiny import VOCAB, byte_tokenizer, seeded, tiny_gpt2, tiny_llama, tiny_qwen3
@@ -162,6 +163,46 @@ async def test_context_is_run_once() -> None:
         await engine.update_weights(1)
         await engine.generate(request(ids + answer, 4, session="0"))
         assert engine.prefilled_tokens == 209 + len(ids + answer) - 1
+
+
+@pytest.mark.parametrize("make", [tiny_qwen3, tiny_gpt2], ids=lambda make: make.__name__)
+async def test_a_groups_prompt_is_read_once_in_decoding_and_changes_nothing(
+    make: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two groups, also after a tool's words; with the parts apart and with rows on their own."""
+    model = make()
+    prompts = [tokens(40, 1), tokens(48, 2)]
+
+    async def everything() -> tuple[list[list[int]], list[float], int]:
+        parts: list[int] = []
+        attend = PrefixAttention.attend
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                PrefixAttention,
+                "attend",
+                lambda self, *states: parts.append(1) or attend(self, *states),
+            )
+            async with running(model, max_slots=12) as engine:
+                first = [request(prompts[i % 2], 5 + i, i, session=str(i)) for i in range(12)]
+                said = await asyncio.gather(*(engine.generate(one) for one in first))
+                after = [
+                    request([*one.prompt_ids, *got.token_ids, *tokens(3, i)], 6, i, session=str(i))
+                    for i, (one, got) in enumerate(zip(first, said, strict=True))
+                ]
+                more = await asyncio.gather(*(engine.generate(one) for one in after))
+        both = [*said, *more]
+        return (
+            [list(got.token_ids) for got in both],
+            [logprob for got in both for logprob in got.logprobs],
+            len(parts),
+        )
+
+    together = await everything()
+    monkeypatch.setattr("retrain.engines.scheduler.find_families", lambda *_: None)
+    alone = await everything()
+    assert together[2] > 20 and alone[2] == 2 * 2  # of the probe
+    assert together[0] == alone[0]
+    assert together[1] == pytest.approx(alone[1], abs=1e-4)
 
 
 async def test_new_weights_void_the_caches_and_are_named_on_the_tokens() -> None:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from retrain.engines.prefix import PrefixAttention, find_families, make_families
 from retrain.engines.runners import PREFILL_TOKENS, batches
 from retrain.engines.sampling import UNIFORM_BLOCK, Uniforms, sample_tokens, truncate
 from retrain.engines.slots import MOVING_COST, SlotTable
@@ -169,3 +170,58 @@ def test_prefill_batches_hold_each_row_once_within_the_budget(lengths: list[int]
     assert sorted(np.concatenate(parts).tolist()) == list(range(len(lengths)))
     for part in parts:
         assert len(part) == 1 or array[part].max() * len(part) <= PREFILL_TOKENS
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=60)
+def test_families_read_a_prefix_once_and_attend_to_the_whole_row(data: st.DataObject) -> None:
+    """Against attention over each row on its own; idle rows may hold anything."""
+    sizes = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4), label="members")
+    shared = np.repeat(data.draw(st.lists(st.integers(1, 6), min_size=len(sizes),
+                                          max_size=len(sizes)), label="shared"), sizes)  # fmt: skip
+    family = np.repeat(np.arange(len(sizes)) + 7, sizes)
+    rows, kv_heads, repeats, size, width = len(family), 2, 3, 4, 12
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 999), label="seed"))
+    shuffled = torch.randperm(rows, generator=generator).numpy()
+    family, shared = family[shuffled], shared[shuffled]
+    active = np.asarray(data.draw(st.lists(st.booleans(), min_size=rows, max_size=rows)))
+    active[0] = True
+    keys, values = (
+        torch.randn(rows + 1, kv_heads, width + 3, size, generator=generator) for _ in range(2)
+    )
+    for row in range(rows):
+        first = int(np.flatnonzero(family == family[row])[0])
+        for states in (keys, values):
+            states[row, :, : shared[row]] = states[first, :, : shared[row]]
+    lengths = torch.tensor(
+        [data.draw(st.integers(int(s), width - 1), label="length") for s in shared]
+    )
+    query = torch.randn(rows, kv_heads * repeats, 1, size, generator=generator)
+
+    families = make_families(family, shared, active, torch.device("cpu"))
+    own = PrefixAttention.of(families, lengths.unsqueeze(1), width, torch.float32)
+    own.read(0, keys, values)
+    found = own.attend(query, keys, values, None, None)
+    for row in np.flatnonzero(active).tolist():
+        upto = int(lengths[row]) + 1
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            query[row],
+            *(x[row, :, :upto].repeat_interleave(repeats, 0) for x in (keys, values)),
+        )
+        torch.testing.assert_close(found[row, 0], expected[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_families_must_pay() -> None:
+    cpu, everyone = torch.device("cpu"), np.ones(4, dtype=np.bool_)
+    long, short = np.full(4, 100), np.array([100, 100, 100, 0])
+    pairs, strangers = np.array([1, 1, 2, 2]), np.array([1, 2, 3, 3])
+    assert find_families(pairs, long, everyone, cpu) is not None
+    assert find_families(pairs, short, everyone, cpu) is None
+    assert find_families(strangers, long, everyone, cpu) is None
+    first = find_families(pairs, long, everyone, cpu)
+    assert first is not None
+    first.prefixes[0] = (torch.zeros(1), torch.zeros(1))
+    fewer = find_families(pairs, long, np.array([True, True, False, True]), cpu, first)
+    assert fewer is None or fewer.prefixes is first.prefixes
+    other = find_families(pairs + 5, long, everyone, cpu, first)
+    assert other is not None and not other.prefixes

@@ -185,3 +185,18 @@ def test_the_python_example_runs_as_a_script(tmp_path: Path) -> None:
     assert "completed: reward" in done.stdout
     rows = (tmp_path / "python-use-001" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen3"])
+def test_plain_pytorch_learns(architecture: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "examples/plain_pytorch.py", architecture],
+        env={**os.environ, "PYTHONPATH": "src"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rewards = [float(value) for value in re.findall(r"reward (\d\.\d+)", done.stdout)]
+    assert rewards[0] < 0.2
+    assert rewards[-1] > 0.8

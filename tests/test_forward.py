@@ -20,9 +20,9 @@ from retrain.models.forward import (
     decoder_hidden,
     evaluating,
     head_logits,
-    selected_logprobs,
     splits_exactly,
 )
+from retrain.models.scores import selected_logprobs
 from tiny import VOCAB, seeded, tiny_gpt2, tiny_llama, tiny_qwen3
 
 SMALL: dict[str, Any] = {

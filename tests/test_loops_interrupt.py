@@ -65,6 +65,7 @@ def wait_for(condition: Any, timeout_s: float) -> bool:
 def test_ctrl_c(stage: str, tmp_path: Path) -> None:
     config = rl_config(
         tmp_path / "runs",
+        logging_level="error",
         sft=sft_section(steps=10_000 if stage == "sft" else 20),
         algorithm={"hyperparameters": hyperparameters(steps=10_000, max_new_tokens=12)},
         stages=[{"kind": "sft"}, {"kind": "rl"}],

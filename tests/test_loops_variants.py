@@ -232,9 +232,9 @@ def test_two_tasks_of_one_id_in_a_step_are_refused() -> None:
     from retrain.types import Task, UserError
 
     tasks = iter([(0, Task("a", ())), (0, Task("b", ())), (0, Task("a", ()))])
-    assert [task.id for _, task in take_distinct(tasks, 2)] == ["a", "b"]
+    assert [task.id for _, task in take_distinct(tasks, 2, set())] == ["a", "b"]
     with pytest.raises(UserError, match="two tasks have the id"):
-        take_distinct(iter([(0, Task("a", ())), (0, Task("a", ()))]), 2)
+        take_distinct(iter([(0, Task("a", ())), (0, Task("a", ()))]), 2, set())
 
 
 def test_traces_with_calls_need_an_environment_with_tools() -> None:

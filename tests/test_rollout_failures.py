@@ -12,10 +12,10 @@ import retrain
 from retrain.engines.base import Completion, GenerateRequest, SamplingParams
 from retrain.engines.torch_engine import TorchEngine
 from retrain.envs import DialogueEnvironment, Environment, ScriptedUser
-from retrain.loops.rl import group_advantages
+from retrain.loops.credit import Credit, rollout_advantages
 from retrain.rendering import Codec, Renderer, make_template
 from retrain.rewards import RewardFailure
-from retrain.rollout import Sampler, request_seed
+from retrain.rollout import Sampler, request_seed, to_samples
 from retrain.types import InfrastructureError, Message, MessageType, Task, UserError
 from runs import hyperparameters, metrics_of, rl_config, rollouts_of
 from tiny import byte_tokenizer, tiny_qwen3
@@ -89,7 +89,9 @@ async def test_a_lasting_failure_masks_the_rollout_only(dead: bool) -> None:
     assert flaky.engine.asked["0/t/1"] == 2
     for rollout, reward in zip(group, (1.0, 0.0, 3.0), strict=True):
         rollout.reward = reward
-    assert group_advantages([group], normalize_std=False) == {"0/t/0": -1.0, "0/t/2": 1.0}
+    samples = [sample for rollout in group for sample in to_samples(rollout)]
+    Credit(normalize_advantages="none").assign([group], samples)
+    assert rollout_advantages(samples) == {"0/t/0": -1.0, "0/t/2": 1.0}
 
 
 async def test_a_users_mistake_stops_at_the_first() -> None:

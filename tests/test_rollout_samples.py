@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from retrain.learner.batch import micro_batches
-from retrain.loops.rl import group_advantages, training_samples
 from retrain.rollout import to_samples
 from retrain.types import Message, MessageType, Prompt, Rollout, Sample, Source, Turn
 
@@ -99,26 +98,11 @@ def group(*rewards: float, name: str = "g") -> list[Rollout]:
     return rollouts
 
 
-def test_advantages_are_over_the_survivors_of_a_group() -> None:
-    one = group(1.0, 0.0, 5.0)
-    one[2].error = "masked"
-    advantages = group_advantages([one], normalize_std=False)
-    assert advantages == {"g/0": 0.5, "g/1": -0.5}
-
-
-def test_groups_that_teach_nothing_are_left_out() -> None:
-    groups = [group(1, 1, name="same"), group(0.0, 0.5, 1.0, name="mixed")]
-    advantages = group_advantages(groups, normalize_std=False)
-    samples = training_samples(groups, advantages)
-    assert {s.rollout_id for s in samples} == {"mixed/0", "mixed/1", "mixed/2"}
-    for sample in samples:
-        assert sample.advantages is not None
-        assert set(sample.advantages) == {{"0": -0.5, "1": 0.0, "2": 0.5}[sample.rollout_id[-1]]}
-
-
 def test_batches_hold_the_samples_and_the_weights_of_the_whole() -> None:
     groups = [group(0.0, 0.5, 1.0)]
-    samples = training_samples(groups, group_advantages(groups, normalize_std=False))
+    samples = [sample for one in groups[0] for sample in to_samples(one)]
+    for sample, advantage in zip(samples, (-0.5, -0.5, -0.5, 0, 0, 0, 0.5, 0.5, 0.5), strict=True):
+        sample.advantages = array("d", [advantage]) * len(sample)
     batches = list(
         micro_batches(
             samples, token_budget=16, aggregation="sequence_mean", device=torch.device("cpu")

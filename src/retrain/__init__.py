@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from retrain.envs.base import Environment
     from retrain.loops.run import run, run_sync
     from retrain.loops.sft import SFTTrainer
+    from retrain.native import GRPO, PPO, BoxedReward, ModelGenerate, QASolverEnv
     from retrain.rewards import RewardCalculator, reward, verifier
     from retrain.tools import tool
     from retrain.types import (
@@ -29,9 +30,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "BoxedReward": "retrain.native",
     "Environment": "retrain.envs.base",
+    "GRPO": "retrain.native",
     "Message": "retrain.types",
     "MessageType": "retrain.types",
+    "ModelGenerate": "retrain.native",
+    "PPO": "retrain.native",
+    "QASolverEnv": "retrain.native",
     "RewardCalculator": "retrain.rewards",
     "Rollout": "retrain.types",
     "SFTTrainer": "retrain.loops.sft",
@@ -49,9 +55,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "GRPO",
+    "PPO",
+    "BoxedReward",
     "Environment",
     "Message",
     "MessageType",
+    "ModelGenerate",
+    "QASolverEnv",
     "RewardCalculator",
     "Rollout",
     "SFTTrainer",

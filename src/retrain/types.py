@@ -298,7 +298,15 @@ class Sample:
     """The engine's log-probabilities, of the distribution sampled from."""
     old_logprobs: array[float] | None = None
     """The learner's at the start of the update, for the ratio."""
+    ref_logprobs: array[float] | None = None
+    """The reference model's."""
     advantages: array[float] | None = None
+    values: array[float] | None = None
+    """The critic's at the start of the update: of the state before each token."""
+    returns: array[float] | None = None
+    """What the critic learns."""
+    turns: array[int] | None = None
+    """Which of the rollout's turns a token belongs to, -1 where it trains in none."""
     versions: array[int] | None = None
 
     def __len__(self) -> int:

@@ -77,7 +77,8 @@ def resolve_stages(
         ]
     if not placed:
         raise UserError(f"{where}: stages has none of kind {only}", "Add one, or run them all.")
-    base = config.model_dump(mode="json", exclude={"stages"})
+    base = config.model_dump(mode="json", exclude={"stages", "algorithm"})
+    base["algorithm"] = config.algorithm.choices()
     taken = {stage.name for _, stage in placed if stage.name}
     resolved: list[tuple[str, StageKind, TrainingConfig]] = []
     for place, stage in placed:

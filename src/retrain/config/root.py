@@ -12,6 +12,7 @@ from retrain.config.base import Section
 from retrain.config.data import PromptSourceConfig
 from retrain.config.environment import EnvironmentConfig, QAConfig
 from retrain.config.model import ModelConfig
+from retrain.config.monitors import MonitorsConfig
 from retrain.config.rewards import RewardSetup
 from retrain.config.stages import (
     CheckpointConfig,
@@ -43,6 +44,8 @@ class StageConfig(Section):
     reward_setup: dict[str, Any] = Field(default_factory=dict)
     """As for algorithm."""
     checkpoint: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
+    monitors: dict[str, Any] = Field(default_factory=dict)
     """As for algorithm."""
     evaluation: dict[str, Any] = Field(default_factory=dict)
     """As for algorithm."""
@@ -93,6 +96,8 @@ class TrainingConfig(Section):
     """When weights are saved."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """What a run writes down and shows."""
+    monitors: MonitorsConfig = Field(default_factory=MonitorsConfig)
+    """When a step of RL is worth a warning."""
     evaluation: EvaluationConfig | None = None
     """On which tasks, how, and what counts as success."""
     sft: SFTConfig | None = None

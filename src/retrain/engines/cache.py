@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from retrain.engines.prefix import PrefixAttention
+
 
 class SlotCache(Cache):
     """Storage per layer: keys and values [slots, kv_heads, columns, head_dim].
@@ -34,6 +36,7 @@ class SlotCache(Cache):
         self._rows: Tensor | slice = slice(0, 0)
         self._width = 0
         self._fresh = False
+        self._attention: PrefixAttention | None = None
 
     def reserve(self, slots: int, columns: int) -> None:
         """Grow to at least this size, keeping what is stored."""
@@ -47,7 +50,15 @@ class SlotCache(Cache):
                 new[:slots, :, :columns] = old
                 store[layer] = new
 
-    def begin(self, rows: Tensor | slice, columns: Tensor, width: int, *, fresh: bool) -> None:
+    def begin(
+        self,
+        rows: Tensor | slice,
+        columns: Tensor,
+        width: int,
+        *,
+        fresh: bool,
+        attention: PrefixAttention | None = None,
+    ) -> None:
         """Say where the next forward pass writes and what it reads.
 
         Args:
@@ -55,8 +66,10 @@ class SlotCache(Cache):
             columns: where each new token goes [R, T].
             width: attention reads columns [0, width) of the rows.
             fresh: nothing precedes the new tokens; they attend to each other only.
+            attention: is given all slots and columns, and picks what it reads.
         """
-        self._rows, self._columns, self._width, self._fresh = rows, columns, width, fresh
+        self._rows, self._columns, self._width = rows, columns, width
+        self._fresh, self._attention = fresh, attention
         self._flat.clear()
 
     def update(
@@ -67,6 +80,9 @@ class SlotCache(Cache):
         values = self._write(self._values, layer_idx, value_states)
         if self._fresh:
             return key_states, value_states
+        if self._attention is not None:
+            self._attention.read(layer_idx, keys, values)
+            return keys, values
         return self._view(keys), self._view(values)
 
     def _write(self, store: dict[int, Tensor], layer: int, states: Tensor) -> Tensor:

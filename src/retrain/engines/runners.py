@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from retrain.engines.cache import SlotCache
+from retrain.engines.prefix import Families, PrefixAttention, make_families
+from retrain.models.attention import takes_own_attention
 from retrain.models.forward import (
     AttentionMask,
     architecture_setting,
@@ -51,10 +53,17 @@ class Runner(Protocol):
         """What is remembered of columns [0, width), from slot to slot."""
         ...
 
-    def step(self, ids: np.ndarray, lengths: np.ndarray, width: int) -> Tensor:
+    def step(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        width: int,
+        families: Families | None = None,
+    ) -> Tensor:
         """Run column `lengths[r]` of each of the first R rows; logits after it [R, V] fp32.
 
         `width` bounds the columns that matter: rows beyond it are idle and may give anything.
+        `families` says which rows begin alike; it changes what is read, not what comes out.
         """
         ...
 
@@ -64,8 +73,11 @@ class CachedRunner:
 
     incremental = True
 
-    def __init__(self, model: nn.Module, context_limit: int) -> None:
+    def __init__(
+        self, model: nn.Module, context_limit: int, *, reads_families: bool = False
+    ) -> None:
         self._model = model
+        self._reads_families = reads_families
         self._last_position = context_limit - 1
         self._cache = SlotCache()
         self._columns = 0
@@ -117,13 +129,25 @@ class CachedRunner:
             mask = self._mask(where, int(end.max()))
             decoder_hidden(self._model, inputs, mask, positions, self._cache)
 
-    def step(self, ids: np.ndarray, lengths: np.ndarray, width: int) -> Tensor:
+    def step(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        width: int,
+        families: Families | None = None,
+    ) -> Tensor:
         count = len(lengths)
         tokens = ids[np.arange(count), lengths]
         inputs = torch.from_numpy(tokens.astype(np.int64)).to(self._device).unsqueeze(1)
         columns = torch.from_numpy(lengths.astype(np.int64)).to(self._device).unsqueeze(1)
-        self._cache.begin(slice(0, count), columns, width, fresh=False)
-        mask = self._mask(columns, width)
+        mask: AttentionMask
+        if families is not None and self._reads_families:
+            attention = PrefixAttention.of(families, columns, width, self._dtype)
+            self._cache.begin(slice(0, count), columns, width, fresh=False, attention=attention)
+            mask = attention
+        else:
+            self._cache.begin(slice(0, count), columns, width, fresh=False)
+            mask = self._mask(columns, width)
         positions = columns.clamp(max=self._last_position)
         hidden = decoder_hidden(self._model, inputs, mask, positions, self._cache)
         return head_logits(self._model, hidden[:, -1]).float()
@@ -168,7 +192,13 @@ class PlainRunner:
     def copy(self, source: Sequence[int], target: Sequence[int], width: int) -> None:
         pass
 
-    def step(self, ids: np.ndarray, lengths: np.ndarray, width: int) -> Tensor:
+    def step(
+        self,
+        ids: np.ndarray,
+        lengths: np.ndarray,
+        width: int,
+        families: Families | None = None,
+    ) -> Tensor:
         inputs = torch.from_numpy(ids[: len(lengths), :width].astype(np.int64)).to(self._device)
         last = torch.from_numpy(np.minimum(lengths, width - 1).astype(np.int64)).to(self._device)
         return last_logits(self._model, inputs, last).float()
@@ -206,7 +236,8 @@ def make_runner(model: nn.Module, context_limit: int) -> Runner:
         else:
             tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
             if gap <= tolerance:
-                return CachedRunner(model, context_limit)
+                together = _reads_families(model, context_limit, tolerance)
+                return CachedRunner(model, context_limit, reads_families=together)
             reason = f"logits differ by {gap:.2g}"
     logger.warning(
         "%s does not work with the slot cache (%s); generation recomputes the whole sequence "
@@ -217,11 +248,22 @@ def make_runner(model: nn.Module, context_limit: int) -> Runner:
     return PlainRunner(model)
 
 
-def cache_gap(model: nn.Module, context_limit: int) -> float:
+def _reads_families(model: nn.Module, context_limit: int, tolerance: float) -> bool:
+    kinds = set(architecture_setting(model, "layer_types") or ())
+    if not takes_own_attention(model) or not kinds <= {"full_attention"}:
+        return False
+    try:
+        return cache_gap(model, context_limit, families=True) <= tolerance
+    except Exception:  # any architecture may fail in its own way; the usual attention serves
+        return False
+
+
+def cache_gap(model: nn.Module, context_limit: int, *, families: bool = False) -> float:
     """Largest difference between logits over a slot cache and those of a plain forward pass.
 
     Two ragged rows are prefilled, one of them copied to a third slot, extended, and decoded
-    beyond a short sliding window; relative to the largest logit where that is above 1.
+    beyond a short sliding window; relative to the largest logit where that is above 1. With
+    `families` the rows that begin alike are decoded so.
     """
     if not splits_exactly(model):
         raise ValueError("its head is more than its decoder's output and a projection")
@@ -232,7 +274,7 @@ def cache_gap(model: nn.Module, context_limit: int) -> float:
     vocab = unwrap(model).get_input_embeddings().weight.shape[0]
     ids = np.random.default_rng(0).integers(0, vocab, (3, total + 1))
     ids[2] = ids[0]
-    runner = CachedRunner(model, context_limit)
+    runner = CachedRunner(model, context_limit, reads_families=families)
     runner.reserve(3, total + 1)
     start, middle, end = np.array([0, 0]), np.array([total - 4, 2]), np.array([total - 2, 3])
     runner.prefill(ids, [0, 1], start, middle)
@@ -242,8 +284,12 @@ def cache_gap(model: nn.Module, context_limit: int) -> float:
     expected = full_logits(model, torch.from_numpy(ids[:, :total]).to(device)).detach()
     lengths = np.array([total - 2, 3, total - 2])
     gap = 0.0
+    related = None
+    if families:
+        alike, shared = np.array([0, 1, 0]), np.array([total - 4, 2, total - 4])
+        related = make_families(alike, shared, np.ones(3, dtype=np.bool_), device)
     for _ in range(2):
-        logits = runner.step(ids, lengths, int(lengths.max()) + 1)
+        logits = runner.step(ids, lengths, int(lengths.max()) + 1, related)
         right = expected[np.arange(3), lengths].float()
         scale = float(right.abs().max().clamp(min=1.0))
         gap = max(gap, float((logits - right).abs().max()) / scale)

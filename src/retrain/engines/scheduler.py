@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from retrain.engines.base import Completion, GenerateRequest
+from retrain.engines.prefix import Families, find_families
 from retrain.engines.runners import Runner, make_runner
 from retrain.engines.sampling import UNIFORM_BLOCK, Uniforms, sample_tokens, truncate
 from retrain.engines.slots import SlotTable
@@ -74,6 +75,7 @@ class Scheduler:
         self._rules: list[StopRule] = []
         self._flags = np.zeros((0, 0), dtype=np.bool_)
         self._runner: Runner | None = None
+        self._families: Families | None = None
         self._device = next(model.parameters()).device
         self.prefilled_tokens = 0
 
@@ -104,6 +106,7 @@ class Scheduler:
     def set_version(self, version: int) -> None:
         """New weights: every cache is void, and requests in flight are run again from token 0."""
         self._version = version
+        self._families = None
         self._table.forget()
         self._fill(list(self._jobs))
 
@@ -166,6 +169,8 @@ class Scheduler:
         prompt = np.asarray(request.prompt_ids, dtype=np.int32)
         self._reserve(slot + 1, len(prompt) + 2)
         table.length[slot] = min(table.shared_prefix(slot, prompt), len(prompt) - 1)
+        if table.length[slot] < table.shared[slot] or table.length[slot] == 0:
+            table.relate([slot], 0)
         table.ids[slot, : len(prompt)] = prompt
         table.known[slot] = len(prompt)
         limit = len(prompt) + request.params.max_new_tokens
@@ -218,6 +223,8 @@ class Scheduler:
         for group in groups.values():
             behind = [slot for slot in group[1:] if self._missing(slot) > 0]
             self._copy(group[0], behind, int(table.length[group[0]]))
+            if len(group) > 1:
+                table.relate(group, int(table.length[group].min()))
 
     def _missing(self, slot: int) -> int:
         """Tokens to run before the last known one, which the next step runs."""
@@ -247,6 +254,7 @@ class Scheduler:
             if (len(family) - 1) * shared >= MIN_SAVED:
                 self._prefill(family[:1], np.array([shared]))
                 self._copy(family[0], family[1:], shared)
+                table.relate(family, shared)
 
     def _prefill(self, slots: list[int], end: np.ndarray | None = None) -> None:
         table = self._table
@@ -286,7 +294,10 @@ class Scheduler:
         width = int(lengths[active].max()) + 1
         self._reserve(rows, width + 2)
         assert self._runner is not None
-        logits = self._runner.step(table.ids, lengths, width)
+        self._families = find_families(
+            table.family[:rows], table.shared[:rows], active, self._device, self._families
+        )
+        logits = self._runner.step(table.ids, lengths, width, self._families)
         lengths += active
         table.steps += 1
         sampled = np.flatnonzero(active & (lengths == table.known[:rows]))

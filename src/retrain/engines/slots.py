@@ -34,8 +34,9 @@ class SlotTable:
 
     `ids`, `logprobs`, `versions` are [slots, columns], `uniforms` [slots, UNIFORM_BLOCK], the
     others [slots]: a request ends when `known` reaches `end`, `drawn` uniform numbers are used
-    up, `rule` is the index of its stop rule, `truncated` says that top-k or top-p applies. A
-    freed slot keeps its tokens until it is taken again, so that others can copy a prefix.
+    up, `rule` is the index of its stop rule, `truncated` says that top-k or top-p applies. Slots
+    of one `family` have equal tokens in their first `shared` columns. A freed slot keeps its
+    tokens until it is taken again, so that others can copy a prefix.
     """
 
     def __init__(self, max_slots: int) -> None:
@@ -52,6 +53,9 @@ class SlotTable:
         self.rule = np.zeros(max_slots, dtype=np.int64)
         self.uniforms = np.zeros((max_slots, UNIFORM_BLOCK), dtype=np.float32)
         self.drawn = np.zeros(max_slots, dtype=np.int64)
+        self.family = np.zeros(max_slots, dtype=np.int64)
+        self.shared = np.zeros(max_slots, dtype=np.int64)
+        self._families = 0
         self.owners: list[Owner | None] = [None] * max_slots
         self.by_session: dict[str, int] = {}
         self._wasted = 0
@@ -152,6 +156,12 @@ class SlotTable:
         donor = int(shared.argmax())
         return donor, int(shared[donor])
 
+    def relate(self, slots: list[int], shared: int) -> None:
+        """Say that these slots, and no others, have their first `shared` tokens in common."""
+        self._families += 1
+        self.family[slots] = self._families
+        self.shared[slots] = shared
+
     def forget(self) -> None:
         """The weights changed: nothing that was run counts any more."""
         self.length[:] = 0
@@ -176,7 +186,7 @@ class SlotTable:
         source, target = first + second, second + first
         state = (self.ids, self.logprobs, self.versions, self.length, self.known, self.end)
         sampling = (self.temperature, self.truncated, self.rule, self.uniforms, self.drawn)
-        for column in (*state, self.active, *sampling):
+        for column in (*state, self.active, *sampling, self.family, self.shared):
             column[target] = column[source]
         for a, b in zip(first, second, strict=True):
             self.owners[a], self.owners[b] = self.owners[b], self.owners[a]

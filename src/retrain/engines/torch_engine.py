@@ -18,7 +18,8 @@ from torch import nn
 from retrain.engines.base import Completion, GenerateRequest
 from retrain.engines.scheduler import Job, Outcome, Scheduler
 from retrain.engines.stops import StopRules
-from retrain.models.forward import architecture_setting, selected_logprobs, unwrap
+from retrain.models.forward import architecture_setting, unwrap
+from retrain.models.scores import selected_logprobs
 from retrain.types import InfrastructureError, UserError
 
 logger = logging.getLogger(__name__)

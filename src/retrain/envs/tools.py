@@ -17,7 +17,7 @@ class ToolEnvironment(Environment):
 
     Several calls in one turn run at the same time; their results come back in the order of the
     calls. Every failure of a call is shown to the policy, and counted in the rollout's metrics as
-    `tool_calls/<status>`.
+    `tool_calls/<status>`; `tool_calls` counts them all, and is 0 where none was made.
 
     Args:
         tools: what may be called.
@@ -71,6 +71,9 @@ class ToolEnvironment(Environment):
         return self.opening(task)
 
     async def step(self, rollout: Rollout, message: Message) -> Step:
+        if self.tools:
+            made = rollout.metrics.get("tool_calls", 0.0)
+            rollout.metrics["tool_calls"] = made + len(message.tool_calls)
         if not message.tool_calls:
             return Step(stop="answered")
         results = await self._call(message)

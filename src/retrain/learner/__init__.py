@@ -1,16 +1,23 @@
 """Forward, backward, step."""
 
-from retrain.learner.batch import Batch, micro_batches
-from retrain.learner.objectives import policy_loss, sft_loss
+from retrain.learner.batch import Batch, collate, micro_batches
+from retrain.learner.critic import Critic
+from retrain.learner.objectives import Objective, PolicyObjective, Predictions, sft_loss
 from retrain.learner.optim import Schedule
-from retrain.learner.torch_learner import PerTokenLoss, TorchLearner
+from retrain.learner.reference import Reference
+from retrain.learner.torch_learner import NotFiniteError, TorchLearner
 
 __all__ = [
     "Batch",
-    "PerTokenLoss",
+    "Critic",
+    "NotFiniteError",
+    "Objective",
+    "PolicyObjective",
+    "Predictions",
+    "Reference",
     "Schedule",
     "TorchLearner",
+    "collate",
     "micro_batches",
-    "policy_loss",
     "sft_loss",
 ]

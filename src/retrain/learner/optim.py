@@ -59,7 +59,7 @@ def make_optimizers(
             continue
         if parameter.ndim < 2:
             vectors.append(parameter)
-        elif parameter.ndim == 2 and not _is_table(parameter_name):
+        elif parameter.ndim == 2 and 1 not in parameter.shape and not _is_table(parameter_name):
             matrices.append(parameter)
         else:
             tables.append(parameter)
@@ -74,6 +74,9 @@ def make_optimizers(
     groups = [group for group in groups if group["params"]]
     if groups:
         optimizers.append(torch.optim.AdamW(groups, lr=learning_rate, betas=betas))
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = learning_rate
     return optimizers
 
 

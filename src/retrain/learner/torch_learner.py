@@ -10,14 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrain.algorithms import Aggregation
+from retrain.algorithms import Aggregation, value_loss
 from retrain.learner.batch import Batch, micro_batches
+from retrain.learner.critic import Critic
+from retrain.learner.objectives import Objective, Predictions
 from retrain.learner.optim import OptimizerName, Schedule, make_optimizers
-from retrain.models.forward import selected_logprobs
+from retrain.learner.reference import Reference
+from retrain.models.scores import Scores, scores, selected_logprobs, spread
+from retrain.models.tree import packs_exactly
 from retrain.types import Sample, UserError
 
-PerTokenLoss = Callable[[Tensor, Batch], tuple[Tensor, dict[str, Tensor]]]
-"""(log-probabilities [B, T], batch) -> per-token loss [B, T] and metrics that are sums."""
+
+class NotFiniteError(UserError):
+    """The loss or the gradient is NaN or infinite; `samples` are those it came from."""
+
+    def __init__(self, cause: str, next_step: str, samples: Sequence[Sample]) -> None:
+        super().__init__(cause, next_step)
+        self.samples = samples
 
 
 class TorchLearner:
@@ -29,7 +38,12 @@ class TorchLearner:
         temperature: of sampling; the learner's log-probabilities are those of the distribution
             that the engine samples from.
         max_grad_norm: gradients are clipped to this global norm; None leaves them.
-        micro_batch_tokens: most padded tokens of one forward pass.
+        micro_batch_tokens: most tokens of one forward pass.
+        share_prefixes: compute what sequences share from the start once, where the architecture
+            allows it.
+        critic: learns its values beside the policy, with its own optimizer and gradient norm.
+        critic_learning_rate: its peak; the policy's if None.
+        value_clip, value_coefficient: of the critic's loss.
     """
 
     def __init__(
@@ -44,26 +58,41 @@ class TorchLearner:
         max_grad_norm: float | None = 1.0,
         micro_batch_tokens: int = 16384,
         temperature: float = 1.0,
+        share_prefixes: bool = True,
+        critic: Critic | None = None,
+        critic_learning_rate: float | None = None,
+        value_clip: float | None = 0.2,
+        value_coefficient: float = 0.5,
     ) -> None:
         self.model = model
+        self.critic = critic
         self.temperature = temperature
         self.max_grad_norm = max_grad_norm
         self.micro_batch_tokens = micro_batch_tokens
-        self.learning_rate = learning_rate
+        self.share_prefixes = share_prefixes
+        self.value_clip = value_clip
+        self.value_coefficient = value_coefficient
         self.schedule = schedule or Schedule()
         self.updates = 0
         self._checkpointing = any(
             getattr(module, "gradient_checkpointing", False) for module in model.modules()
         )
-        self.optimizers = make_optimizers(
-            model.named_parameters(),
-            name=optimizer,
-            learning_rate=learning_rate,
-            betas=betas,
-            weight_decay=weight_decay,
-        )
+
+        def optimizers(module: nn.Module, peak: float) -> list[torch.optim.Optimizer]:
+            return make_optimizers(
+                module.named_parameters(),
+                name=optimizer,
+                learning_rate=peak,
+                betas=betas,
+                weight_decay=weight_decay,
+            )
+
+        self.optimizers = optimizers(model, learning_rate)
         if not self.optimizers:
             raise UserError("the model has no parameter that trains")
+        self.critic_optimizers = (
+            [] if critic is None else optimizers(critic, critic_learning_rate or learning_rate)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -72,91 +101,215 @@ class TorchLearner:
     def forward_backward(
         self,
         samples: Sequence[Sample],
-        per_token_loss: PerTokenLoss,
+        objective: Objective,
         aggregation: Aggregation = "token_mean",
+        *,
+        constant_length: int | None = None,
+        whole_rollouts: bool = False,
+        skip_zero_advantages: bool = True,
+        entropy_gradient: bool = False,
+        train_policy: bool = True,
     ) -> dict[str, float]:
         """Accumulate the gradient of `(per_token * weights).sum()` over all samples.
 
-        Returns the loss and what `per_token_loss` counted, over the whole batch, with `tokens`,
-        the tokens that trained, and `gap_max` and `gap_mean`, how far the learner's
+        Returns the loss and what the objective counted, over the whole batch, with `tokens`, the
+        tokens that trained, their `entropy`, and `gap_max` and `gap_mean`, how far the learner's
         log-probabilities are from the engine's.
 
+        Args:
+            whole_rollouts: the objective has ratios of whole rollouts.
+            train_policy: off while a critic warms up: only its own parameters get a gradient.
+
         Raises:
-            UserError: the loss is not finite.
+            NotFiniteError: the loss is not finite.
         """
-        totals: dict[str, float] = {"loss": 0.0, "tokens": 0.0}
-        gap_max, gap_sum = 0.0, 0.0
+        totals: dict[str, float] = {"loss": 0.0, "tokens": 0.0, "gap_max": 0.0, "gap_sum": 0.0}
         self._set_mode()
-        for chosen, batch in self._micro_batches(samples, aggregation):
-            logprobs = self._logprobs(batch)
-            per_token, counts = per_token_loss(logprobs, batch)
-            loss = (per_token * batch.weights).sum()
-            if not bool(torch.isfinite(loss)):
-                ids = ", ".join(sorted({samples[i].rollout_id for i in chosen})[:5])
-                raise UserError(
-                    f"the loss is {loss.item()} after {self.updates} updates (rollouts {ids})",
-                    "Lower the learning rate, or look at those rollouts in the run directory.",
+        for chosen, batch in self._micro_batches(
+            samples,
+            aggregation,
+            constant_length=constant_length,
+            whole_rollouts=whole_rollouts,
+            skip_zero_advantages=skip_zero_advantages,
+        ):
+            with torch.set_grad_enabled(train_policy):
+                found = self._scores(batch, entropy_gradient)
+                predictions = Predictions(
+                    spread(found.logprobs, batch.mask), spread(found.entropy, batch.mask)
                 )
-            loss.backward()  # type: ignore[no-untyped-call]
-            totals["loss"] += loss.item()
-            totals["tokens"] += batch.num_trained
-            for name, value in counts.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-            gap = ((logprobs.detach() - batch.behavior_logprobs).abs() * batch.mask).float()
-            gap_max = max(gap_max, float(gap.max()))
-            gap_sum += float(gap.sum())
-        totals["gap_max"] = gap_max
-        totals["gap_mean"] = gap_sum / max(totals["tokens"], 1.0)
+                per_token, counts = objective(predictions, batch)
+                loss = (per_token * batch.weights).sum()
+            if self.critic is not None and self.critic.backbone is None:
+                valued, value_counts = self._value_loss(self.critic, batch, found.hidden)
+                loss = loss.detach() + valued if not train_policy else loss + valued
+                counts |= value_counts
+            self._backward(loss, [samples[i] for i in chosen])
+            if self.critic is not None and self.critic.backbone is not None:
+                valued, value_counts = self._value_loss(self.critic, batch, None)
+                self._backward(valued, [samples[i] for i in chosen])
+                counts |= value_counts
+            _add_counts(totals, loss, predictions, batch, counts)
+        totals["gap_mean"] = totals.pop("gap_sum") / max(totals["tokens"], 1.0)
         return totals
 
-    def optim_step(self) -> dict[str, float]:
-        """Clip, step, clear. Returns the gradient's norm before clipping and the learning rate."""
-        parameters = [p for group in self._groups() for p in group["params"]]
+    def _value_loss(
+        self, critic: Critic, batch: Batch, policy_hidden: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        found = critic.values(
+            batch.token_ids, batch.mask, policy_hidden, share_prefixes=self.share_prefixes
+        )
+        values = spread(found, batch.mask)
+        per_token, counts = value_loss(
+            values, batch.values, batch.returns, batch.mask, clip=self.value_clip
+        )
+        error = torch.where(batch.mask, batch.returns - values.detach(), 0.0)
+        counts["value_loss"] = per_token.detach().sum()
+        counts["value_error_squared"] = error.square().sum()
+        counts["returns"] = torch.where(batch.mask, batch.returns, 0.0).sum()
+        counts["returns_squared"] = torch.where(batch.mask, batch.returns, 0.0).square().sum()
+        return self.value_coefficient * (per_token * batch.weights).sum(), counts
+
+    def _backward(self, loss: Tensor, samples: Sequence[Sample]) -> None:
+        if not bool(torch.isfinite(loss)):
+            ids = ", ".join(sorted({sample.rollout_id for sample in samples})[:5])
+            raise NotFiniteError(
+                f"the loss is {loss.item()} after {self.updates} updates (rollouts {ids})",
+                "Lower the learning rate, or look at those rollouts in the run directory.",
+                samples,
+            )
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
+
+    def optim_step(self, samples: Sequence[Sample] = ()) -> dict[str, float]:
+        """Clip, step, clear. Returns the gradient's norm before clipping and the learning rate;
+        those of the critic too, where there is one.
+
+        Raises:
+            NotFiniteError: the gradient is not finite; `samples` are named as what it came from.
+        """
+        metrics = self._step(self.optimizers, samples)
+        if self.critic is not None:
+            stepped = self._step(self.critic_optimizers, samples)
+            metrics |= {f"critic_{name}": value for name, value in stepped.items()}
+        self.updates += 1
+        return metrics
+
+    def _step(
+        self, optimizers: Sequence[torch.optim.Optimizer], samples: Sequence[Sample]
+    ) -> dict[str, float]:
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
+        parameters = [p for group in groups for p in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norm):
-            raise UserError(
+            raise NotFiniteError(
                 f"the gradient norm is {norm} after {self.updates} updates",
                 "Lower the learning rate.",
+                samples,
             )
-        rate = self.learning_rate * self.schedule.factor(self.updates)
-        for group in self._groups():
-            group["lr"] = rate
-        for optimizer in self.optimizers:
+        factor = self.schedule.factor(self.updates)
+        for group in groups:
+            group["lr"] = group["peak"] * factor
+        for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        self.updates += 1
-        return {"grad_norm": norm, "learning_rate": rate}
+        return {"grad_norm": norm, "learning_rate": groups[0]["lr"]}
 
-    @torch.no_grad()
     def attach_old_logprobs(self, samples: Sequence[Sample]) -> None:
         """Keep the learner's log-probabilities on each sample, for the ratio of later updates."""
+        for sample, column in self._columns(samples, self._logprobs):
+            sample.old_logprobs = column
+
+    def attach_reference(self, samples: Sequence[Sample], reference: Reference) -> None:
+        """Keep the reference's log-probabilities on each sample."""
+        with reference.model() as model:
+            for sample, column in self._columns(
+                samples, lambda batch: self._logprobs(batch, model)
+            ):
+                sample.ref_logprobs = column
+
+    def attach_values(self, samples: Sequence[Sample]) -> None:
+        """Keep the critic's values on each sample."""
+        critic = self.critic
+        assert critic is not None
+
+        def values(batch: Batch) -> Tensor:
+            hidden = self._scores(batch, False).hidden if critic.backbone is None else None
+            found = critic.values(
+                batch.token_ids, batch.mask, hidden, share_prefixes=self.share_prefixes
+            )
+            return spread(found, batch.mask)
+
+        for sample, column in self._columns(samples, values):
+            sample.values = column
+
+    @torch.no_grad()
+    def _columns(
+        self, samples: Sequence[Sample], of: Callable[[Batch], Tensor]
+    ) -> list[tuple[Sample, array[float]]]:
+        """Each sample with its row of what `of` gives for a batch."""
         self._set_mode()
-        for chosen, batch in self._micro_batches(samples, "token_mean"):
-            rows = self._logprobs(batch).double().cpu()
+        columns: list[tuple[Sample, array[float]]] = []
+        for chosen, batch in self._micro_batches(samples, "token_mean", skip_zero_advantages=False):
+            rows = of(batch).double().cpu()
             for row, index in enumerate(chosen):
                 length = len(samples[index])
-                samples[index].old_logprobs = array("d", rows[row, :length].tolist())
+                columns.append((samples[index], array("d", rows[row, :length].tolist())))
+        return columns
 
     def _set_mode(self) -> None:
         """Training mode is what switches gradient checkpointing on; nothing else needs it."""
         self.model.train(self._checkpointing)
 
     def _micro_batches(
-        self, samples: Sequence[Sample], aggregation: Aggregation
+        self, samples: Sequence[Sample], aggregation: Aggregation, **how: Any
     ) -> Iterator[tuple[list[int], Batch]]:
         return micro_batches(
             samples,
             token_budget=self.micro_batch_tokens,
             aggregation=aggregation,
             device=self.device,
+            share_prefixes=self.share_prefixes and packs_exactly(self.model),
+            **how,
         )
 
-    def _logprobs(self, batch: Batch) -> Tensor:
+    def _scores(self, batch: Batch, entropy_gradient: bool) -> Scores:
+        return scores(
+            self.model,
+            batch.token_ids,
+            batch.lengths,
+            batch.mask,
+            self.temperature,
+            share_prefixes=self.share_prefixes,
+            entropy_gradient=entropy_gradient,
+        )
+
+    def _logprobs(self, batch: Batch, model: nn.Module | None = None) -> Tensor:
         return selected_logprobs(
-            self.model, batch.token_ids, batch.lengths, batch.mask, self.temperature
+            self.model if model is None else model,
+            batch.token_ids,
+            batch.lengths,
+            batch.mask,
+            self.temperature,
+            share_prefixes=self.share_prefixes,
         )
 
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        for optimizer in self.optimizers:
-            yield from optimizer.param_groups
+
+def _add_counts(
+    totals: dict[str, float],
+    loss: Tensor,
+    predictions: Predictions,
+    batch: Batch,
+    counts: dict[str, Tensor],
+) -> None:
+    gap = ((predictions.logprobs.detach() - batch.behavior_logprobs).abs() * batch.mask).double()
+    sums: dict[str, Tensor | float] = {
+        "loss": loss.item(),
+        "tokens": batch.num_trained,
+        "entropy": predictions.entropy.detach().sum(),
+        "gap_sum": gap.sum(),
+        **counts,
+    }
+    for name, value in sums.items():
+        totals[name] = totals.get(name, 0.0) + float(value)
+    totals["gap_max"] = max(totals["gap_max"], float(gap.max()))

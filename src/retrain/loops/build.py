@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from retrain.config.algorithm import Optimization
+from retrain.config.algorithm import CriticConfig, Optimization
 from retrain.config.environment import (
     DialogueConfig,
     PythonEnvironmentConfig,
@@ -35,8 +36,8 @@ from retrain.envs import (
     ToolEnvironment,
 )
 from retrain.importing import import_object
-from retrain.learner import Schedule, TorchLearner
-from retrain.models import Policy, load_policy
+from retrain.learner import Critic, Schedule, TorchLearner
+from retrain.models import Policy, load_critic, load_policy
 from retrain.models.forward import architecture_setting
 from retrain.rendering import (
     Codec,
@@ -301,8 +302,14 @@ def _spec(key: str, config: RewardConfig, kind: RewardKind, sandbox: Sandbox) ->
 
 
 def build_learner(
-    settings: Optimization, policy: Policy, *, total_updates: int, temperature: float = 1.0
+    settings: Optimization,
+    policy: Policy,
+    *,
+    total_updates: int,
+    temperature: float = 1.0,
+    critic: CriticConfig | None = None,
 ) -> TorchLearner:
+    """The learner, with a critic where one is asked for."""
     return TorchLearner(
         policy.model,
         learning_rate=settings.learning_rate,
@@ -315,4 +322,16 @@ def build_learner(
         max_grad_norm=settings.max_grad_norm,
         micro_batch_tokens=settings.micro_batch_tokens,
         temperature=temperature,
+        share_prefixes=settings.share_prefixes,
+        critic=None if critic is None else _build_critic(critic, policy),
+        critic_learning_rate=critic.learning_rate if critic else None,
+        value_clip=critic.value_clip if critic else None,
+        value_coefficient=critic.loss_coefficient if critic else 1.0,
     )
+
+
+def _build_critic(settings: CriticConfig, policy: Policy) -> Critic:
+    critic = Critic(policy.model, own_backbone=settings.backbone == "own")
+    if settings.from_checkpoint is not None:
+        load_critic(critic, Path(settings.from_checkpoint).expanduser())
+    return critic

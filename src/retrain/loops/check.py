@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from retrain.config.algorithm import Optimization
+from retrain.config.algorithm import Hyperparameters, Optimization
 from retrain.config.environment import (
     DialogueConfig,
     PythonEnvironmentConfig,
@@ -77,6 +77,52 @@ def _rl(config: TrainingConfig) -> Iterator[str]:
         f"{settings.optimizer}, {_rate(settings)}, temperature {settings.temperature:g}, "
         f"up to {settings.max_new_tokens} tokens a turn"
     )
+    yield from (f"  {line}" for line in describe_choices(settings))
+
+
+def describe_choices(settings: Hyperparameters) -> Iterator[str]:
+    """What the algorithm's name and the file's own keys amount to."""
+    yield (
+        f"advantage: {settings.advantage}, normalised: {settings.normalize_advantages}, "
+        f"credit: {settings.credit}" + (f", gamma {settings.gamma:g}" if settings.gamma < 1 else "")
+    )
+    yield f"loss: {settings.loss}{_clip(settings)}; aggregation: {_aggregation(settings)}"
+    yield f"updates: {settings.epochs} epochs of {settings.mini_batches} mini-batches"
+    if settings.entropy_coefficient:
+        yield f"entropy bonus: {settings.entropy_coefficient:g}"
+    if (kl := settings.kl) is not None:
+        refresh = f", refreshed every {kl.refresh_steps} steps" if kl.refresh_steps else ""
+        yield f"kl: {kl.estimator} in the {kl.place}, coefficient {kl.coefficient:g}{refresh}"
+    if (correction := settings.correction) is not None:
+        yield f"correction: {correction.kind} by {correction.level}, cap {correction.cap:g}"
+    if (critic := settings.critic) is not None:
+        rate = critic.learning_rate or settings.learning_rate
+        clip = "none" if critic.value_clip is None else f"{critic.value_clip:g}"
+        yield (
+            f"critic: {critic.backbone} backbone, learning rate {rate:g}, "
+            f"lambda {critic.gae_lambda:g}, value clip {clip}, warm-up {critic.warmup_steps} steps"
+        )
+    if settings.dynamic_sampling_rounds:
+        yield f"dynamic sampling: up to {settings.dynamic_sampling_rounds} further rounds"
+    if not settings.train_truncated:
+        yield "truncated rollouts do not train"
+    if (overlong := settings.overlong_punishment) is not None:
+        share = f"{overlong.buffer_share:.0%} of max_new_tokens"
+        yield f"overlong punishment: over the last {share}, up to {overlong.weight:g}"
+
+
+def _clip(settings: Hyperparameters) -> str:
+    low, high = settings.clip
+    if high is None:
+        return ""
+    dual = "" if settings.dual_clip is None else f", dual {settings.dual_clip:g}"
+    return f" ({'0' if low is None else f'1 - {low:g}'} to 1 + {high:g}{dual})"
+
+
+def _aggregation(settings: Hyperparameters) -> str:
+    if settings.aggregation != "constant":
+        return settings.aggregation
+    return f"constant, {settings.aggregation_length or settings.max_new_tokens} tokens"
 
 
 def _eval(config: TrainingConfig, calculator: RewardCalculator) -> Iterator[str]:

@@ -6,10 +6,13 @@ import heapq
 import shutil
 from dataclasses import dataclass, field
 
+from torch import nn
+
 from retrain.config.root import TrainingConfig
 from retrain.data import TaskSource
 from retrain.data.sources import TaskStream
 from retrain.engines.torch_engine import TorchEngine
+from retrain.learner import NotFiniteError
 from retrain.loops.build import UserModel
 from retrain.models import Policy, save_policy
 from retrain.rollout import Sampler
@@ -64,14 +67,28 @@ class RunContext:
         self.progress.update(step, metrics)
         self.last_metrics = metrics
 
-    def save_checkpoint(self, stage: str, config: TrainingConfig, step: int | None = None) -> None:
+    def save_checkpoint(
+        self,
+        stage: str,
+        config: TrainingConfig,
+        step: int | None = None,
+        *,
+        critic: nn.Module | None = None,
+    ) -> None:
         """Save the policy as checkpoints/<stage>, or checkpoints/<stage>-<step> on the way."""
         directory = self.run.directory("checkpoints")
         name = stage if step is None else f"{stage}-{step:06d}"
-        saved = save_policy(self.policy, directory / name, merge_lora=config.checkpoint.merge_lora)
+        saved = save_policy(
+            self.policy, directory / name, merge_lora=config.checkpoint.merge_lora, critic=critic
+        )
         self.checkpoint = str(saved)
         if step is not None:
             self._drop_old(stage, config.checkpoint.keep_last)
+
+    def write_down(self, error: NotFiniteError, stage: str, step: int) -> UserError:
+        """Save the batch of a loss that is not finite; the error then says where it is."""
+        path = self.run.write_samples(f"not_finite/{stage}-{step:06d}", error.samples)
+        return UserError(f"{stage} step {step}: {error.cause}; its batch: {path}", error.next_step)
 
     def _drop_old(self, stage: str, keep: int) -> None:
         directory = self.run.directory("checkpoints")

@@ -76,9 +76,6 @@ class EvalStage:
         check_prompts_fit(tasks, samplers[0][1], "evaluation.prompt_source")
         return cls(name, config, settings, tasks, calculator, samplers)
 
-    def forget(self) -> None:
-        return None
-
     async def close(self) -> None:
         for _, sampler in self.samplers:
             await sampler.environment.close()

@@ -6,22 +6,31 @@ import statistics
 from collections.abc import Mapping, Sequence
 
 from retrain.config.stages import EvaluationConfig
+from retrain.loops.credit import has_variance, sampled_tokens, truncated
 from retrain.loops.evaluate import is_success
-from retrain.types import Rollout
+from retrain.types import NO_VERSION, Rollout
 
 
 def rollout_metrics(
     groups: Sequence[Sequence[Rollout]],
-    advantages: Mapping[str, float],
     evaluation: EvaluationConfig | None,
+    *,
+    version: int,
+    per_turn: bool = False,
 ) -> dict[str, float]:
-    """Means over the kept rollouts; counts of masked ones, forks and groups that teach nothing."""
+    """Means over the kept rollouts; counts of masked ones, forks and groups that teach nothing.
+
+    Args:
+        version: of the policy that is about to learn from them.
+    """
     rollouts = [rollout for group in groups for rollout in group]
     kept = [rollout for rollout in rollouts if rollout.error is None]
     metrics = {
+        "rollouts": float(len(rollouts)),
         "rollouts/masked": float(len(rollouts) - len(kept)),
+        "groups": float(len(groups)),
         "groups/zero_variance": float(
-            sum(all(advantages.get(r.id, 0.0) == 0.0 for r in group) for group in groups)
+            sum(not has_variance(group, per_turn=per_turn) for group in groups)
         ),
         "forks": float(sum(rollout.num_forks for rollout in rollouts)),
     }
@@ -35,6 +44,11 @@ def rollout_metrics(
         metrics["success"] = statistics.fmean(
             is_success(r, evaluation.success_reward, evaluation.success_threshold) for r in kept
         )
+    lengths = [sampled_tokens(rollout) for rollout in kept]
+    metrics["response_tokens/mean"] = statistics.fmean(lengths)
+    metrics["response_tokens/max"] = float(max(lengths))
+    metrics["truncated"] = statistics.fmean(truncated(rollout) for rollout in kept)
+    metrics |= _staleness(kept, version)
     metrics |= _by_name(kept)
     metrics |= _shares(kept)
     return metrics
@@ -61,20 +75,49 @@ def _shares(kept: Sequence[Rollout]) -> dict[str, float]:
     return {f"stop/{reason}": count / len(kept) for reason, count in reasons.items()}
 
 
+def _staleness(kept: Sequence[Rollout], version: int) -> dict[str, float]:
+    """Updates between sampling a token and learning from it."""
+    lags = [
+        version - sampled
+        for rollout in kept
+        for segment in rollout.segments
+        for sampled in set(segment.versions)
+        if sampled != NO_VERSION
+    ]
+    if not lags:
+        return {}
+    return {"staleness/mean": statistics.fmean(lags), "staleness/max": float(max(lags))}
+
+
 def learner_metrics(totals: Mapping[str, float]) -> dict[str, float]:
-    """How far the learner's log-probabilities are from the engine's, before the first update."""
-    return {
+    """Before the first update: how far the learner's log-probabilities are from the engine's, and
+    what is told of the policy and the critic as they were."""
+    tokens = max(totals["tokens"], 1.0)
+    metrics = {
         "logprob_gap/max": totals["gap_max"],
         "logprob_gap/mean": totals["gap_mean"],
         "tokens/trained": totals["tokens"],
+        "entropy": totals["entropy"] / tokens,
     }
+    if "returns" in totals:
+        variance = totals["returns_squared"] / tokens - (totals["returns"] / tokens) ** 2
+        error = totals["value_error_squared"] / tokens
+        metrics["explained_variance"] = 1.0 - error / max(variance, 1e-12)
+    return metrics
 
 
 def update_metrics(totals: Mapping[str, float]) -> dict[str, float]:
-    """Of one update: its loss, and over the trained tokens the mean ratio and the clipped share."""
+    """Of one update: its loss, and means over the trained tokens."""
     tokens = max(totals["tokens"], 1.0)
-    return {
+    low, high = (totals.get(f"clipped_{side}", 0.0) / tokens for side in ("low", "high"))
+    metrics = {
         "loss": totals["loss"],
         "ratio/mean": totals.get("ratio", 0.0) / tokens,
-        "clip_fraction": totals.get("clipped", 0.0) / tokens,
+        "clip_fraction": low + high,
+        "clip_fraction/low": low,
+        "clip_fraction/high": high,
+        "approx_kl": totals.get("approx_kl", 0.0) / tokens,
     }
+    optional = {"kl": "kl", "correction": "correction/mean", "value_loss": "value_loss"}
+    optional |= {"clipped_dual": "clip_fraction/dual", "value_clipped": "clip_fraction/value"}
+    return metrics | {name: totals[key] / tokens for key, name in optional.items() if key in totals}

@@ -4,29 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
-from retrain.algorithms import grpo
 from retrain.config.algorithm import Hyperparameters
 from retrain.config.root import TrainingConfig
 from retrain.data import TaskSource, load_tasks
 from retrain.engines import SamplingParams
-from retrain.learner import TorchLearner, policy_loss
+from retrain.learner import NotFiniteError
 from retrain.loops.build import (
     build_calculator,
     build_environment,
-    build_learner,
     build_renderer,
 )
 from retrain.loops.context import RunContext, check_prompts_fit
+from retrain.loops.credit import has_variance, punish_overlong, rollout_advantages, sampled_tokens
 from retrain.loops.evaluate import EvalStage
-from retrain.loops.metrics import learner_metrics, rollout_metrics, update_metrics
+from retrain.loops.metrics import rollout_metrics
+from retrain.loops.monitors import Monitors
+from retrain.loops.update import PolicyUpdate, build_update, check_critic
 from retrain.rewards import RewardCalculator
-from retrain.rollout import Sampler, to_samples
+from retrain.rollout import Sampler
 from retrain.types import Rollout, Sample, Task, UserError
 
 logger = logging.getLogger(__name__)
@@ -40,7 +38,6 @@ class RLStage:
     tasks: TaskSource
     calculator: RewardCalculator
     sampler: Sampler
-    learner: TorchLearner
     evaluation: EvalStage | None
 
     @classmethod
@@ -64,12 +61,7 @@ class RLStage:
             run_seed=config.seed,
         )
         check_prompts_fit(tasks, sampler, "prompt_source")
-        learner = build_learner(
-            settings,
-            context.policy,
-            total_updates=settings.steps * settings.updates_per_step,
-            temperature=settings.temperature,
-        )
+        check_critic(settings)
         during = config.evaluation is not None and config.evaluation.every_steps is not None
         return cls(
             name=name,
@@ -78,57 +70,83 @@ class RLStage:
             tasks=tasks,
             calculator=build_calculator(config.reward_setup, context.sandbox),
             sampler=sampler,
-            learner=learner,
             evaluation=EvalStage.prepare(f"{name}-eval", config, context) if during else None,
         )
 
     async def execute(self, context: RunContext) -> None:
         context.progress.stage(self.name, total=self.settings.steps, kind="rl")
         tasks = endless(self.tasks)
+        update = build_update(self.settings, context.policy, seed=self.config.seed)
+        monitors = Monitors(self.config.monitors.model_dump(), stage=self.name)
         for step in range(1, self.settings.steps + 1):
             started = time.perf_counter()
-            batch = take_distinct(tasks, self.settings.prompts_per_step)
-            groups = await self.sampler.groups(
-                batch, self.settings.group_size, self.calculator.score
-            )
+            groups, chosen = await self._sample(tasks)
             generated = time.perf_counter()
             _warn_of_masked(groups, self.name, step)
 
-            advantages = group_advantages(groups, normalize_std=self.settings.normalize_std)
-            samples = training_samples(groups, advantages)
-            metrics = rollout_metrics(groups, advantages, self.config.evaluation)
-            if samples:
-                metrics |= await self._update(samples, context)
+            metrics = rollout_metrics(
+                groups,
+                self.config.evaluation,
+                version=context.version,
+                per_turn=self.settings.credit == "turn",
+            )
+            try:
+                samples = update.samples(chosen)
+                if samples:
+                    metrics |= await update.learn(samples, step, context.weights_changed)
+            except NotFiniteError as error:
+                raise context.write_down(error, self.name, step) from error
             metrics |= _speed(groups, samples, generated - started, generated)
+            metrics["alerts"] = float(len(monitors.observe(step, metrics)))
             context.log(self.name, step, metrics)
 
-            await self._write_down(step, groups, advantages, context)
-        context.save_checkpoint(self.name, self.config)
+            await self._write_down(step, groups, rollout_advantages(samples), context)
+            self._save(context, update, step)
 
-    def forget(self) -> None:
-        """Free what only training needs, the optimizer's state above all."""
-        self.learner.optimizers.clear()
+    async def _sample(
+        self, tasks: Iterator[tuple[int, Task]]
+    ) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
+        """A step's groups, scored: all of them, and those to learn from.
+
+        With dynamic sampling, groups without variance are made up for by further tasks, as often
+        as the settings allow; the step learns from as many groups as without it.
+        """
+        settings = self.settings
+        groups: list[list[Rollout]] = []
+        drawn: set[tuple[int, str]] = set()
+        missing = settings.prompts_per_step
+        for _ in range(settings.dynamic_sampling_rounds + 1):
+            batch = take_distinct(tasks, missing, drawn)
+            groups += await self.sampler.groups(batch, settings.group_size, self._score)
+            per_turn = settings.credit == "turn"
+            full = [group for group in groups if has_variance(group, per_turn=per_turn)]
+            missing = settings.prompts_per_step - len(full)
+            if missing == 0:
+                break
+        return groups, full if settings.dynamic_sampling_rounds else groups
+
+    async def _score(self, group: list[Rollout]) -> None:
+        await self.calculator.score(group)
+        overlong = self.settings.overlong_punishment
+        if overlong is not None:
+            punish_overlong(
+                group,
+                limit=self.settings.max_new_tokens,
+                buffer_share=overlong.buffer_share,
+                weight=overlong.weight,
+            )
+
+    def _save(self, context: RunContext, update: PolicyUpdate, step: int) -> None:
+        every, critic = self.config.checkpoint.every_steps, update.learner.critic
+        if step == self.settings.steps:
+            context.save_checkpoint(self.name, self.config, critic=critic)
+        elif every is not None and step % every == 0:
+            context.save_checkpoint(self.name, self.config, step, critic=critic)
 
     async def close(self) -> None:
         await self.sampler.environment.close()
         if self.evaluation is not None:
             await self.evaluation.close()
-
-    async def _update(self, samples: Sequence[Sample], context: RunContext) -> dict[str, float]:
-        """The batch's updates; what changes from one to the next is reported of the last."""
-        settings = self.settings
-        if settings.updates_per_step > 1:
-            self.learner.attach_old_logprobs(samples)
-        loss = policy_loss(clip_low=settings.clip_low, clip_high=settings.clip_high)
-        metrics: dict[str, float] = {}
-        for update in range(settings.updates_per_step):
-            totals = self.learner.forward_backward(samples, loss, settings.aggregation)
-            stepped = self.learner.optim_step()
-            if update == 0:
-                metrics = learner_metrics(totals)
-            metrics |= update_metrics(totals) | stepped
-            await context.weights_changed()
-        return metrics
 
     async def _write_down(
         self,
@@ -140,10 +158,6 @@ class RLStage:
         if self.config.tracking.rollouts:
             rollouts = [rollout for group in groups for rollout in group]
             context.run.write_rollouts(self.name, step, rollouts, advantages)
-        last = step == self.settings.steps
-        every = self.config.checkpoint.every_steps
-        if every is not None and step % every == 0 and not last:
-            context.save_checkpoint(self.name, self.config, step)
         evaluation = self.evaluation
         every = None if evaluation is None else evaluation.settings.every_steps
         if evaluation is not None and every is not None and step % every == 0:
@@ -160,14 +174,15 @@ def _warn_of_masked(groups: Sequence[Sequence[Rollout]], stage: str, step: int) 
         )
 
 
-def take_distinct(tasks: Iterator[tuple[int, Task]], count: int) -> list[tuple[int, Task]]:
-    """The next tasks.
+def take_distinct(
+    tasks: Iterator[tuple[int, Task]], count: int, seen: set[tuple[int, str]]
+) -> list[tuple[int, Task]]:
+    """The next tasks; `seen` are those of the same step, and these are added to them.
 
     Raises:
         UserError: two of them have one id, which would mix their groups up.
     """
     batch = [next(tasks) for _ in range(count)]
-    seen: set[tuple[int, str]] = set()
     for epoch, task in batch:
         if (epoch, task.id) in seen:
             raise UserError(
@@ -191,40 +206,6 @@ def endless(source: TaskSource) -> Iterator[tuple[int, Task]]:
         epoch += 1
 
 
-def group_advantages(
-    groups: Sequence[Sequence[Rollout]], *, normalize_std: bool
-) -> dict[str, float]:
-    """Rollout id -> advantage within its group; masked rollouts have none."""
-    advantages: dict[str, float] = {}
-    for group in groups:
-        kept = [rollout for rollout in group if rollout.error is None]
-        if not kept:
-            continue
-        rewards = torch.tensor([rollout.reward for rollout in kept], dtype=torch.float64)
-        values = grpo(rewards, normalize_std=normalize_std).tolist()
-        advantages |= {rollout.id: value for rollout, value in zip(kept, values, strict=True)}
-    return advantages
-
-
-def training_samples(
-    groups: Sequence[Sequence[Rollout]], advantages: dict[str, float]
-) -> list[Sample]:
-    """The samples of every group that teaches something.
-
-    A group whose advantages are all zero is left out, its tokens uncounted, as in DAPO's dynamic
-    sampling. In the others a rollout whose advantage happens to be zero counts in the means.
-    """
-    samples: list[Sample] = []
-    for group in groups:
-        if not any(advantages.get(rollout.id, 0.0) for rollout in group):
-            continue
-        for rollout in group:
-            for sample in to_samples(rollout):
-                sample.advantages = array("d", [advantages[rollout.id]]) * len(sample)
-                samples.append(sample)
-    return samples
-
-
 def _speed(
     groups: Sequence[Sequence[Rollout]],
     samples: Sequence[Sample],
@@ -232,13 +213,7 @@ def _speed(
     generated: float,
 ) -> dict[str, float]:
     training = time.perf_counter() - generated
-    sampled = sum(
-        span.end - span.start
-        for group in groups
-        for rollout in group
-        for segment in rollout.segments
-        for span in segment.turns
-    )
+    sampled = sum(sampled_tokens(rollout) for group in groups for rollout in group)
     return {
         "seconds/generate": generating,
         "seconds/train": training,

@@ -81,7 +81,6 @@ async def run(
             context.begin(directory, progress)
             for stage in prepared:
                 await stage.execute(context)
-                stage.forget()
         _write_results(checked, context)
         _say_where(context)
     return RunResult(

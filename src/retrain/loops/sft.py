@@ -14,7 +14,7 @@ from retrain.config.environment import ToolEnvironmentConfig
 from retrain.config.root import TrainingConfig
 from retrain.config.stages import SFTConfig
 from retrain.data import Trace, load_traces
-from retrain.learner import TorchLearner, sft_loss
+from retrain.learner import NotFiniteError, sft_loss
 from retrain.loops.build import build_learner, build_renderer, build_tools
 from retrain.loops.context import RunContext
 from retrain.rendering import Renderer, ToolSchema
@@ -35,7 +35,6 @@ class SFTStage:
     settings: SFTConfig
     traces: Sequence[Trace]
     renderer: Renderer
-    learner: TorchLearner
     steps: int
     tools: Sequence[ToolSchema]
 
@@ -52,31 +51,31 @@ class SFTStage:
         tools = [tool_schema(tool) for tool in build_tools(config, context.sandbox)]
         traces, steps = traces_and_steps(config, settings)
         _check_fit(traces, renderer, tools, context.engine.context_limit)
-        learner = build_learner(settings, context.policy, total_updates=steps)
-        return cls(name, config, settings, traces, renderer, learner, steps, tools)
+        return cls(name, config, settings, traces, renderer, steps, tools)
 
     async def execute(self, context: RunContext) -> None:
         context.progress.stage(self.name, total=self.steps, kind="sft")
+        learner = build_learner(self.settings, context.policy, total_updates=self.steps)
         batches = self._batches(context.engine.context_limit, self.config.seed)
         every = self.config.checkpoint.every_steps
         for step in range(1, self.steps + 1):
             started = time.perf_counter()
             samples = next(batches)
-            totals = self.learner.forward_backward(samples, sft_loss)
-            metrics = self.learner.optim_step()
+            try:
+                totals = learner.forward_backward(samples, sft_loss)
+                metrics = learner.optim_step(samples)
+            except NotFiniteError as error:
+                raise context.write_down(error, self.name, step) from error
             await context.weights_changed()
             seconds = time.perf_counter() - started
             metrics["loss"] = totals["loss"]
             metrics["tokens"] = totals["tokens"]
+            metrics["entropy"] = totals["entropy"] / max(totals["tokens"], 1.0)
             metrics["tokens_per_s"] = sum(map(len, samples)) / seconds
             context.log(self.name, step, metrics)
             if every is not None and step % every == 0 and step < self.steps:
                 context.save_checkpoint(self.name, self.config, step)
         context.save_checkpoint(self.name, self.config)
-
-    def forget(self) -> None:
-        """Free what only training needs, the optimizer's state above all."""
-        self.learner.optimizers.clear()
 
     async def close(self) -> None:
         return None

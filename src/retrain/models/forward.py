@@ -15,13 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 AttentionMask = Tensor | Mapping[str, Tensor]
 """2-D padding mask, 4-D additive mask, or one 4-D mask per attention type of the model."""
-
-LOGITS_PER_CHUNK = 1 << 23
-"""Most logits alive at once in `selected_logprobs` (32 MiB of fp32)."""
 
 _splits: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -136,67 +132,3 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def selected_logprobs(
-    model: nn.Module,
-    input_ids: Tensor,
-    lengths: Tensor,
-    mask: Tensor,
-    temperature: float = 1.0,
-    *,
-    logits_per_chunk: int = LOGITS_PER_CHUNK,
-) -> Tensor:
-    """log p(token t | tokens before t) [B, T] at masked positions, 0 elsewhere; in fp32, or in
-    float64 for a float64 model.
-
-    `input_ids` [B, T] are right-padded to `lengths` [B]; `mask` [B, T] is bool. Logits are
-    divided by `temperature` (0 counts as 1). Column t speaks of token t: the shift by one
-    between a hidden state and the token it predicts happens here and nowhere else. Logits are
-    computed at masked positions only, a chunk at a time, and again in the backward pass, so
-    no [B, T, V] tensor exists. Differentiable in the model's parameters.
-
-    Raises:
-        ValueError: a mask that selects a first token (it has no predictor) or padding.
-    """
-    columns = torch.arange(input_ids.shape[1], device=input_ids.device)
-    outside = (columns == 0) | (columns >= lengths.to(columns.device).unsqueeze(1))
-    if bool((mask & outside).any()):
-        raise ValueError("the mask selects a first token or padding")
-    width = int(lengths.max())
-    trimmed = input_ids[:, :width]
-    rows, chosen = mask.nonzero(as_tuple=True)
-    targets = input_ids[rows, chosen]
-    if splits_exactly(model):
-        hidden = decoder_hidden(model, trimmed)[rows, chosen - 1]
-        picked = _chunked_logprobs(model, hidden, targets, temperature, logits_per_chunk)
-    else:
-        picked = _token_logprobs(
-            full_logits(model, trimmed)[rows, chosen - 1], targets, temperature
-        )
-    zeros = torch.zeros(mask.shape, dtype=picked.dtype, device=picked.device)
-    return zeros.index_put((rows, chosen), picked)
-
-
-def _chunked_logprobs(
-    model: nn.Module, hidden: Tensor, targets: Tensor, temperature: float, logits_per_chunk: int
-) -> Tensor:
-    vocab = unwrap(model).get_output_embeddings().weight.shape[0]
-    size = max(1, logits_per_chunk // vocab)
-
-    def of(part: Tensor, tokens: Tensor) -> Tensor:
-        return _token_logprobs(head_logits(model, part), tokens, temperature)
-
-    if len(targets) <= size:
-        return of(hidden, targets)
-    parts = zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
-    return torch.cat(
-        [checkpoint(of, *part, use_reentrant=False, preserve_rng_state=False) for part in parts]
-    )
-
-
-def _token_logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-    wide = logits if logits.dtype == torch.float64 else logits.float()
-    scaled = wide if temperature in (0.0, 1.0) else wide / temperature
-    chosen = scaled.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
-    return chosen - scaled.logsumexp(-1)

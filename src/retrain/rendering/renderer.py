@@ -21,6 +21,7 @@ from retrain.rendering.ledger import (
     last_entered,
     same_words,
 )
+from retrain.rendering.openings import Openings
 from retrain.rendering.targets import THINK, share, thought
 from retrain.rendering.templates import ChatTemplate, PlainTemplate, Template, ToolSchema
 from retrain.rendering.tokens import Codec
@@ -67,6 +68,7 @@ class Renderer:
         self.template = template
         self.tool_format = tool_format
         self._inline = tool_format is not None and tool_format.inline
+        self._openings = Openings()
         self._turn_end = self._probe_turn_end()
         first = codec.encode_after(self._turn_end)[:1]
         if first and codec.decode(first) in codec.special_tokens:
@@ -134,8 +136,13 @@ class Renderer:
         generation: bool,
     ) -> Prompt:
         if not rollout.segments:
-            text = self._text(messages, tools, generation)
-            return context(None, 0, self.codec.encode(text))
+            ids = self._openings.get(
+                messages,
+                tools,
+                generation,
+                lambda: self.codec.encode(self._text(messages, tools, generation)),
+            )
+            return context(None, 0, ids)
         ledger = Ledger.of(rollout, self.codec)
         extension = self._extension(messages, ledger, tools, generation)
         if extension is None:

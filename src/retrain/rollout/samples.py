@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
-from retrain.types import NO_VERSION, Objective, Rollout, Sample, Source
+from retrain.types import NO_VERSION, Objective, Rollout, Sample, Segment, Source
 
 
 def to_samples(rollout: Rollout, objective: Objective = "policy") -> list[Sample]:
@@ -22,6 +22,7 @@ def to_samples(rollout: Rollout, objective: Objective = "policy") -> list[Sample
 
 
 def _samples(rollout: Rollout, trained: int, objective: Objective) -> Iterator[Sample]:
+    turn_of = {message: turn for turn, message in enumerate(rollout.model_messages)}
     for index, segment in enumerate(rollout.segments):
         mask = array("B", [1 if source == trained else 0 for source in segment.source])
         own = _last_one(mask) + 1
@@ -35,8 +36,18 @@ def _samples(rollout: Rollout, trained: int, objective: Objective) -> Iterator[S
             group_id=rollout.group_id,
             objective=objective,
             behavior_logprobs=array("f", bytes(4 * prefix)) + segment.logprobs[:own],
+            turns=array("i", [-1] * prefix) + _turns(segment, turn_of)[:own],
             versions=array("i", [NO_VERSION] * prefix) + segment.versions[:own],
         )
+
+
+def _turns(segment: Segment, turn_of: Mapping[int, int]) -> array[int]:
+    turns = array("i", [-1]) * len(segment.token_ids)
+    for span in segment.turns:
+        turns[span.start : span.end] = array("i", [turn_of.get(span.message, -1)]) * (
+            span.end - span.start
+        )
+    return turns
 
 
 def _last_one(mask: Sequence[int]) -> int:

@@ -7,12 +7,13 @@ import json
 import math
 import os
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from retrain.tracking.rollouts import encode_rollout
-from retrain.types import Rollout, UserError
+from retrain.types import Rollout, Sample, UserError
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -97,6 +98,12 @@ class RunDirectory:
         data = gzip.compress("".join(lines).encode("ascii"), compresslevel=1, mtime=0)
         return self.write_bytes(f"rollouts/{stage}-{step:06d}.jsonl.gz", data)
 
+    def write_samples(self, name: str, samples: Iterable[Sample]) -> Path:
+        """Write <name>.jsonl.gz, a sample a line with all its columns."""
+        lines = [json.dumps(_encode_sample(sample)) + "\n" for sample in samples]
+        data = gzip.compress("".join(lines).encode("ascii"), compresslevel=1, mtime=0)
+        return self.write_bytes(f"{name}.jsonl.gz", data)
+
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Write a file, as a whole or not at all; `name` may hold directories."""
         path = self.path / name
@@ -110,6 +117,14 @@ class RunDirectory:
                 partial.unlink(missing_ok=True)
                 raise
         return path
+
+
+def _encode_sample(sample: Sample) -> dict[str, object]:
+    """Arrays as lists; NaN and infinity as JSON's usual extension writes them."""
+    return {
+        name: value.tolist() if isinstance(value, array) else value
+        for name, value in vars(sample).items()
+    }
 
 
 def read_metrics(path: Path) -> list[dict[str, float | str | None]]:
