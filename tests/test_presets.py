@@ -54,7 +54,7 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     },
     "ppo": {
         "advantage": "gae", "normalize_advantages": "batch", "aggregation": "token_mean",
-        "epochs": 2, "mini_batches": 2,
+        "epochs": 2,
         "critic": {
             "backbone": "own", "learning_rate": None, "gae_lambda": 1.0, "value_clip": 0.2,
             "loss_coefficient": 0.5, "warmup_steps": 0, "from_checkpoint": None,
@@ -66,7 +66,7 @@ PRINTED = {
     "grpo": [
         "advantage: grpo, normalised: group, credit: rollout",
         "loss: ppo_clip (1 - 0.2 to 1 + 0.2); aggregation: sequence_mean",
-        "updates: 1 epochs of 1 mini-batches",
+        "updates a step: 1 x 1 (epochs x mini-batches)",
     ],
     "dr_grpo": [
         "advantage: grpo, normalised: none, credit: rollout",
@@ -89,7 +89,7 @@ PRINTED = {
     ],
     "ppo": [
         "advantage: gae, normalised: batch, credit: rollout",
-        "updates: 2 epochs of 2 mini-batches",
+        "updates a step: 2 x 1 (epochs x mini-batches)",
         "critic: own backbone, learning rate 0.001, lambda 1, value clip 0.2, warm-up 0 steps",
     ],
 }

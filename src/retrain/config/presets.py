@@ -36,7 +36,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "normalize_advantages": "batch",
         "aggregation": "token_mean",
         "epochs": 2,
-        "mini_batches": 2,
         "critic": {},
     },
 }

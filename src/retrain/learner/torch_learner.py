@@ -132,6 +132,7 @@ class TorchLearner:
             whole_rollouts=whole_rollouts,
             skip_zero_advantages=skip_zero_advantages,
         ):
+            part = [samples[i] for i in chosen]
             with torch.set_grad_enabled(train_policy):
                 found = self._scores(batch, entropy_gradient)
                 predictions = Predictions(
@@ -139,18 +140,31 @@ class TorchLearner:
                 )
                 per_token, counts = objective(predictions, batch)
                 loss = (per_token * batch.weights).sum()
-            if self.critic is not None and self.critic.backbone is None:
-                valued, value_counts = self._value_loss(self.critic, batch, found.hidden)
-                loss = loss.detach() + valued if not train_policy else loss + valued
-                counts |= value_counts
-            self._backward(loss, [samples[i] for i in chosen])
-            if self.critic is not None and self.critic.backbone is not None:
-                valued, value_counts = self._value_loss(self.critic, batch, None)
-                self._backward(valued, [samples[i] for i in chosen])
-                counts |= value_counts
+            if self.critic is None:
+                self._backward(loss, part)
+            else:
+                counts |= self._backward_both(self.critic, loss, found.hidden, batch, part)
             _add_counts(totals, loss, predictions, batch, counts)
         totals["gap_mean"] = totals.pop("gap_sum") / max(totals["tokens"], 1.0)
         return totals
+
+    def _backward_both(
+        self,
+        critic: Critic,
+        loss: Tensor,
+        policy_hidden: Tensor | None,
+        batch: Batch,
+        samples: Sequence[Sample],
+    ) -> dict[str, Tensor]:
+        """The policy's loss and the critic's; one graph only where they share a backbone."""
+        if critic.backbone is None:
+            valued, counts = self._value_loss(critic, batch, policy_hidden)
+            self._backward(loss + valued, samples)
+            return counts
+        self._backward(loss, samples)
+        valued, counts = self._value_loss(critic, batch, None)
+        self._backward(valued, samples)
+        return counts
 
     def _value_loss(
         self, critic: Critic, batch: Batch, policy_hidden: Tensor | None

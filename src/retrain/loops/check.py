@@ -87,7 +87,7 @@ def describe_choices(settings: Hyperparameters) -> Iterator[str]:
         f"credit: {settings.credit}" + (f", gamma {settings.gamma:g}" if settings.gamma < 1 else "")
     )
     yield f"loss: {settings.loss}{_clip(settings)}; aggregation: {_aggregation(settings)}"
-    yield f"updates: {settings.epochs} epochs of {settings.mini_batches} mini-batches"
+    yield f"updates a step: {settings.epochs} x {settings.mini_batches} (epochs x mini-batches)"
     if settings.entropy_coefficient:
         yield f"entropy bonus: {settings.entropy_coefficient:g}"
     if (kl := settings.kl) is not None:
