@@ -19,6 +19,7 @@ from retrain.config.load import merge
 from retrain.config.monitors import MonitorsConfig
 from retrain.config.root import TrainingConfig
 from retrain.loops.monitors import MONITORS, REPEAT_STEPS, Monitors, check
+from retrain.loops.rl import thresholds
 from test_envs import TASK, Speaker, tagged, tools_of
 
 ROOT = Path(__file__).parents[1]
@@ -306,3 +307,12 @@ def test_every_snippet_is_part_of_a_config(text: str) -> None:
 
 def test_there_are_snippets() -> None:
     assert len(SNIPPETS) >= 15
+
+
+def test_monitors_of_groups_are_off_where_groups_are_not_compared() -> None:
+    for name, off in (("grpo", False), ("ppo", True), ("reinforce_plus_plus", True)):
+        config = {"model": {"name_or_path": "x"}, "algorithm": {"name": name}}
+        found = thresholds(TrainingConfig.model_validate(config))
+        assert found.keys() == MonitorsConfig.model_fields.keys()
+        for monitor in ("zero_variance", "flat_reward_steps"):
+            assert (found[monitor] is None) == off

@@ -30,7 +30,8 @@ class MonitorsConfig(Section):
     grad_norm_spike: float | None = Field(20.0, gt=1)
     """Most that a gradient norm may be of the median of the steps before it, before clipping."""
     zero_variance: float | None = Field(0.9, gt=0, lt=1)
-    """Largest share of groups whose rewards are all equal, over 5 steps."""
+    """Largest share of groups whose rewards are all equal, over 5 steps. Off for `gae` and
+    `reinforce_plus_plus`, as is `flat_reward_steps`: they learn from such groups too."""
     truncated: float | None = Field(0.2, gt=0, lt=1)
     """Largest share of rollouts cut by `max_new_tokens` or the context limit."""
     masked: float | None = Field(0.1, gt=0, lt=1)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from retrain.config.algorithm import Hyperparameters
+from retrain.config.algorithm import TOKEN_ADVANTAGES, Hyperparameters
 from retrain.config.root import TrainingConfig
 from retrain.data import TaskSource, load_tasks
 from retrain.engines import SamplingParams
@@ -77,7 +77,7 @@ class RLStage:
         context.progress.stage(self.name, total=self.settings.steps, kind="rl")
         tasks = endless(self.tasks)
         update = build_update(self.settings, context.policy, seed=self.config.seed)
-        monitors = Monitors(self.config.monitors.model_dump(), stage=self.name)
+        monitors = Monitors(thresholds(self.config), stage=self.name)
         for step in range(1, self.settings.steps + 1):
             started = time.perf_counter()
             groups, chosen = await self._sample(tasks)
@@ -172,6 +172,14 @@ def _warn_of_masked(groups: Sequence[Sequence[Rollout]], stage: str, step: int) 
             "%s step %d: %d of %d rollouts are masked; the first: %s",
             *(stage, step, len(errors), total, errors[0]),
         )
+
+
+def thresholds(config: TrainingConfig) -> dict[str, float | None]:
+    """Of the monitors; those of groups without variance are off where such groups teach too."""
+    given: dict[str, float | None] = config.monitors.model_dump()
+    if config.algorithm.hyperparameters.advantage in TOKEN_ADVANTAGES:
+        given |= {"zero_variance": None, "flat_reward_steps": None}
+    return given
 
 
 def take_distinct(
