@@ -86,6 +86,10 @@ class Turn:
     logprobs: array[float]
     versions: array[int]
     finish_reason: FinishReason
+    rollout: str | None = None
+    """Id of the rollout that it answers; None does not say."""
+    place: int | None = None
+    """How many messages the rollout had; None does not say."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +224,8 @@ class Rollout:
         """Append messages; those that carry a `turn` enter the ledger too.
 
         Raises:
-            ValueError: a turn whose prompt does not fit the ledger as it stands.
+            ValueError: a turn that answers another rollout or another state of this one, or
+                whose prompt does not fit the ledger.
         """
         for message in messages:
             if message.turn is not None:
@@ -248,6 +253,13 @@ class Rollout:
         return segment
 
     def _enter(self, turn: Turn, message_index: int) -> None:
+        if turn.rollout not in (None, self.id):
+            raise ValueError(f"the message answers rollout {turn.rollout}; this is {self.id}")
+        if turn.place not in (None, message_index):
+            raise ValueError(
+                f"the message answers a conversation of {turn.place} messages; there are "
+                f"{message_index} now: it was added before, or others were added since"
+            )
         segment = self.enter_prompt(turn.prompt)
         start = len(segment.token_ids)
         sources = [int(Source.SAMPLED)] * len(turn.token_ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -219,7 +220,17 @@ class Hyperparameters(Optimization):
                 (self.critic is None) == (self.advantage == "gae"),
                 "advantage: gae needs a critic, `critic: {}` for its defaults"
                 if self.critic is None
-                else f"critic does nothing for advantage {self.advantage}: it is for gae",
+                else f"critic does nothing for advantage {self.advantage}: it is for gae "
+                "(critic: null where a section above sets it)",
+            ),
+            (
+                self.critic is not None and self.critic.warmup_steps >= self.steps,
+                "critic.warmup_steps takes all the steps: the policy would never learn",
+            ),
+            (
+                self.mini_batches > self.prompts_per_step,
+                f"mini_batches is {self.mini_batches}, but a step has {self.prompts_per_step} "
+                "groups to deal out",
             ),
             (
                 clips and self.loss not in CLIPPED_LOSSES,
@@ -269,13 +280,17 @@ class AlgorithmConfig(Section):
         given = data.get("hyperparameters", {})
         if preset is None or not isinstance(given, dict):
             return data
-        return {**data, "hyperparameters": _overlaid(preset, given)}
+        return {**data, "hyperparameters": _overlaid(_fitting(preset, given), given)}
 
     @field_validator("name")
     @classmethod
     def _known_preset(cls, name: str) -> str:
         if name not in PRESETS:
-            raise ValueError(f"algorithm {name!r} is not built; there are: {', '.join(PRESETS)}")
+            close = difflib.get_close_matches(name.lower(), PRESETS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"algorithm {name!r} is not built; there are: {', '.join(PRESETS)}{hint}"
+            )
         return name
 
     @field_validator("backend")
@@ -295,6 +310,18 @@ class AlgorithmConfig(Section):
             if value != preset["hyperparameters"][key]
         }
         return given
+
+
+def _fitting(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a preset where the file takes another loss or advantage than it."""
+    left = dict(preset)
+    if given.get("loss", preset.get("loss", "ppo_clip")) != preset.get("loss", "ppo_clip"):
+        for key in ("clip_low", "clip_high", "dual_clip"):
+            left.pop(key, None)
+    if given.get("advantage", preset.get("advantage", "grpo")) != preset.get("advantage", "grpo"):
+        for key in ("critic", "dynamic_sampling_rounds"):
+            left.pop(key, None)
+    return left
 
 
 def _overlaid(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:

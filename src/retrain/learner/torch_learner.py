@@ -201,15 +201,15 @@ class TorchLearner:
         Raises:
             NotFiniteError: the gradient is not finite; `samples` are named as what it came from.
         """
-        metrics = self._step(self.optimizers, samples)
+        metrics = self._step("policy", self.optimizers, samples)
         if self.critic is not None:
-            stepped = self._step(self.critic_optimizers, samples)
+            stepped = self._step("critic", self.critic_optimizers, samples)
             metrics |= {f"critic_{name}": value for name, value in stepped.items()}
         self.updates += 1
         return metrics
 
     def _step(
-        self, optimizers: Sequence[torch.optim.Optimizer], samples: Sequence[Sample]
+        self, whose: str, optimizers: Sequence[torch.optim.Optimizer], samples: Sequence[Sample]
     ) -> dict[str, float]:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
@@ -217,8 +217,9 @@ class TorchLearner:
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, limit))
         if not math.isfinite(norm):
             raise NotFiniteError(
-                f"the gradient norm is {norm} after {self.updates} updates",
-                "Lower the learning rate.",
+                f"the {whose}'s gradient norm is {norm} after {self.updates} updates",
+                f"Lower the {whose}'s learning rate"
+                + (" or the scale of the rewards." if self.updates == 0 else "."),
                 samples,
             )
         factor = self.schedule.factor(self.updates)

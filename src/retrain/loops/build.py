@@ -308,8 +308,9 @@ def build_learner(
     total_updates: int,
     temperature: float = 1.0,
     critic: CriticConfig | None = None,
+    critic_before: Critic | None = None,
 ) -> TorchLearner:
-    """The learner, with a critic where one is asked for."""
+    """The learner, with a critic where one is asked for; that of the stage before goes on."""
     return TorchLearner(
         policy.model,
         learning_rate=settings.learning_rate,
@@ -323,14 +324,17 @@ def build_learner(
         micro_batch_tokens=settings.micro_batch_tokens,
         temperature=temperature,
         share_prefixes=settings.share_prefixes,
-        critic=None if critic is None else _build_critic(critic, policy),
+        critic=None if critic is None else _build_critic(critic, policy, critic_before),
         critic_learning_rate=critic.learning_rate if critic else None,
         value_clip=critic.value_clip if critic else None,
         value_coefficient=critic.loss_coefficient if critic else 1.0,
     )
 
 
-def _build_critic(settings: CriticConfig, policy: Policy) -> Critic:
+def _build_critic(settings: CriticConfig, policy: Policy, before: Critic | None) -> Critic:
+    shared = settings.backbone == "shared"
+    if settings.from_checkpoint is None and before and (before.backbone is None) == shared:
+        return before
     critic = Critic(policy.model, own_backbone=settings.backbone == "own")
     if settings.from_checkpoint is not None:
         load_critic(critic, Path(settings.from_checkpoint).expanduser())

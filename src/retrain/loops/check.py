@@ -23,6 +23,7 @@ from retrain.loops.build import (
 )
 from retrain.loops.evaluate import held_out_tasks
 from retrain.loops.sft import traces_and_steps
+from retrain.loops.update import check_critic
 from retrain.models.load import check_origin
 from retrain.rewards import RewardCalculator
 
@@ -78,6 +79,7 @@ def _rl(config: TrainingConfig) -> Iterator[str]:
         f"up to {settings.max_new_tokens} tokens a turn"
     )
     yield from (f"  {line}" for line in describe_choices(settings))
+    check_critic(settings)
 
 
 def describe_choices(settings: Hyperparameters) -> Iterator[str]:

@@ -12,7 +12,7 @@ from retrain.config.root import TrainingConfig
 from retrain.data import TaskSource
 from retrain.data.sources import TaskStream
 from retrain.engines.torch_engine import TorchEngine
-from retrain.learner import NotFiniteError
+from retrain.learner import Critic, NotFiniteError
 from retrain.loops.build import UserModel
 from retrain.models import Policy, save_policy
 from retrain.rollout import Sampler
@@ -37,6 +37,8 @@ class RunContext:
     sandbox: Sandbox
     user_models: dict[str, UserModel] = field(default_factory=dict)
     """Models that play users, loaded once however many stages and modes use them."""
+    critic: Critic | None = None
+    """Of the last stage of RL, if it had one."""
     version: int = 0
     """Optimizer updates so far, over all stages."""
     results: list[EvaluationResult] = field(default_factory=list)

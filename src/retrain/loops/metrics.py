@@ -48,7 +48,7 @@ def rollout_metrics(
     metrics["response_tokens/mean"] = statistics.fmean(lengths)
     metrics["response_tokens/max"] = float(max(lengths))
     metrics["truncated"] = statistics.fmean(truncated(rollout) for rollout in kept)
-    metrics |= _staleness(kept, version)
+    metrics |= _staleness(kept, version) | _sampled_entropy(kept)
     metrics |= _by_name(kept)
     metrics |= _shares(kept)
     return metrics
@@ -73,6 +73,18 @@ def _shares(kept: Sequence[Rollout]) -> dict[str, float]:
         reason = str(rollout.stop_reason)
         reasons[reason] = reasons.get(reason, 0) + 1
     return {f"stop/{reason}": count / len(kept) for reason, count in reasons.items()}
+
+
+def _sampled_entropy(kept: Sequence[Rollout]) -> dict[str, float]:
+    """Minus the mean log-probability of what was sampled: an unbiased estimate of the entropy, also
+    of a step that teaches nothing."""
+    total, tokens = 0.0, 0
+    for rollout in kept:
+        for segment in rollout.segments:
+            for span in segment.turns:
+                total -= sum(segment.logprobs[span.start : span.end])
+                tokens += span.end - span.start
+    return {"entropy/sampled": total / tokens} if tokens else {}
 
 
 def _staleness(kept: Sequence[Rollout], version: int) -> dict[str, float]:
@@ -102,7 +114,8 @@ def learner_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     if "returns" in totals:
         variance = totals["returns_squared"] / tokens - (totals["returns"] / tokens) ** 2
         error = totals["value_error_squared"] / tokens
-        metrics["explained_variance"] = 1.0 - error / max(variance, 1e-12)
+        if variance > 1e-9:
+            metrics["explained_variance"] = 1.0 - error / variance
     return metrics
 
 

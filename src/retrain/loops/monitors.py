@@ -238,7 +238,7 @@ MONITORS: dict[str, Monitor] = {
         f"a higher {_HYPER}.kl.coefficient",
     ),
     "entropy_low": Monitor(
-        _now("entropy"),
+        lambda history: history[-1].get("entropy", history[-1].get("entropy/sampled")),
         "the policy hardly explores any more",
         f"a small {_HYPER}.entropy_coefficient, such as 0.001",
         below=True,

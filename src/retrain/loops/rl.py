@@ -76,7 +76,9 @@ class RLStage:
     async def execute(self, context: RunContext) -> None:
         context.progress.stage(self.name, total=self.settings.steps, kind="rl")
         tasks = endless(self.tasks)
-        update = build_update(self.settings, context.policy, seed=self.config.seed)
+        update = build_update(
+            self.settings, context.policy, seed=self.config.seed, critic=context.critic
+        )
         monitors = Monitors(thresholds(self.config), stage=self.name)
         for step in range(1, self.settings.steps + 1):
             started = time.perf_counter()
@@ -102,6 +104,7 @@ class RLStage:
 
             await self._write_down(step, groups, rollout_advantages(samples), context)
             self._save(context, update, step)
+        context.critic = update.learner.critic
 
     async def _sample(
         self, tasks: Iterator[tuple[int, Task]]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from retrain import algorithms
 from retrain.config.algorithm import CorrectionConfig, Hyperparameters
-from retrain.learner import PolicyObjective, Reference, TorchLearner
+from retrain.learner import Critic, PolicyObjective, Reference, TorchLearner
 from retrain.learner.objectives import Correction, Metrics, PolicyLoss
 from retrain.loops.build import build_learner
 from retrain.loops.credit import Credit, truncated
@@ -149,14 +149,20 @@ def check_critic(settings: Hyperparameters) -> None:
         )
 
 
-def build_update(settings: Hyperparameters, policy: Policy, *, seed: int) -> PolicyUpdate:
-    """The learner, and critic and reference as copies of the policy as it is now."""
+def build_update(
+    settings: Hyperparameters, policy: Policy, *, seed: int, critic: Critic | None = None
+) -> PolicyUpdate:
+    """The learner, and a reference that is the policy as it is now.
+
+    So is the critic, unless the stage before left one on the same kind of backbone.
+    """
     learner = build_learner(
         settings,
         policy,
         total_updates=settings.steps * settings.epochs * settings.mini_batches,
         temperature=settings.temperature,
         critic=settings.critic,
+        critic_before=critic,
     )
     reference = None if settings.kl is None else Reference(policy.model)
     return PolicyUpdate(settings, learner, reference, seed)

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from retrain.types import UserError
+
 AttentionMask = Tensor | Mapping[str, Tensor]
 """2-D padding mask, 4-D additive mask, or one 4-D mask per attention type of the model."""
 
@@ -86,7 +88,11 @@ def last_logits(model: nn.Module, input_ids: Tensor, last: Tensor) -> Tensor:
 
 
 def is_causal(model: nn.Module) -> bool:
-    """Whether a token's logits are untouched by the tokens after it; tried on two sequences."""
+    """Whether a token's logits are untouched by the tokens after it; tried on two sequences.
+
+    Raises:
+        UserError: the logits are not finite.
+    """
     device = next(model.parameters()).device
     vocab = unwrap(model).get_input_embeddings().weight.shape[0]
     first = torch.arange(1, 9, device=device).remainder(vocab).unsqueeze(0)
@@ -94,6 +100,11 @@ def is_causal(model: nn.Module) -> bool:
     second[:, 5:] = (first[:, 5:] + vocab // 2).remainder(vocab)
     with evaluating(model), torch.no_grad():
         a, b = (full_logits(model, ids)[:, :5].float() for ids in (first, second))
+    if not bool(torch.isfinite(a).all()):
+        raise UserError(
+            f"{type(unwrap(model)).__name__} gives logits that are not finite",
+            "Its weights are damaged or have diverged: take an earlier checkpoint.",
+        )
     tolerance = 1e-5 if next(model.parameters()).dtype == torch.float32 else 1e-2
     return bool((a - b).abs().max() <= tolerance * a.abs().max())
 

@@ -84,7 +84,8 @@ class ModelGenerate:
         return self._respond([rollout])[0]
 
     def batch_rollout_generate_response(self, rollouts: Sequence[Rollout]) -> list[Message]:
-        """Append a MODEL message to each rollout, and return them in order.
+        """Append a MODEL message to each rollout, and return them in order; they are not to be
+        added again.
 
         Raises:
             UserError: one rollout is listed twice, or a prompt leaves no room in the context;
@@ -142,7 +143,8 @@ class ModelGenerate:
         )
         message = await agent.act(view, self._tools)
         await self._engine.end_session(view.id)
-        return message
+        assert message.turn is not None
+        return replace(message, turn=replace(message.turn, rollout=rollout.id))
 
 
 def _shut_down(loop: BackgroundLoop, engine: TorchEngine) -> None:

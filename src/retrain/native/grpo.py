@@ -47,7 +47,10 @@ class GRPO:
     **Epochs.** The ratio of PPO's surrogate is taken to the model's log-probabilities at the
     first loss that sees a rollout, where it is exactly one. Later calls with the same rollouts
     are further epochs of the same iteration. Call `forget()` to start a new iteration with
-    rollouts that were seen before; fresh ones need nothing.
+    rollouts that were seen before; fresh ones need nothing. To cut an epoch into mini-batches, with
+    an optimizer step after each, call it once on all rollouts under `torch.no_grad()` first:
+    the ratio is then taken to the model before the first of them. Rollouts are told apart as
+    objects: a copy is another attempt.
 
     **Memory.** All rollouts of a call are one graph, prompts that they share computed once.
     Where that does not fit, use `retrain.learner.TorchLearner`, which cuts micro-batches.
@@ -124,8 +127,9 @@ class GRPO:
         )
         self.metrics: dict[str, float] = {}
         """Of the last loss, means over its trained tokens: `ratio`, `clipped_low`, `clipped_high`
-        (shares), `approx_kl`, `entropy`, `kl` and `correction` where they are used; and the
-        number of `tokens`."""
+        (shares), `approx_kl`, `entropy`, `kl` and `correction` where they are used; `logprob_gap`,
+        how far the engine's log-probabilities are from the model's (large where the rollouts are
+        another model's, or the temperature another); and the number of `tokens`."""
 
     def calculate_loss(
         self,

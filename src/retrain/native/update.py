@@ -195,6 +195,7 @@ class PolicyLossBuilder:
                 "Lower the learning rate, or clip gradients before optimizer.step().",
             )
         metrics["entropy"] = predictions.entropy.detach().sum()
+        metrics["logprob_gap"] = _gap(predictions.logprobs.detach(), batch)
         _keep(prepared.kept, "old_logprobs", chosen, predictions.logprobs.detach())
         return Pass(batch, found, loss, metrics)
 
@@ -306,6 +307,14 @@ def _drops(module: nn.Module) -> bool:
         "drop" in name and isinstance(value, float) and value > 0
         for name, value in vars(module).items()
     )
+
+
+def _gap(logprobs: Tensor, batch: Batch) -> Tensor:
+    """Sum of distances between the old log-probabilities and the engine's; where no engine sampled
+    a token there is none."""
+    old = torch.where(batch.old_logprobs.isnan(), logprobs, batch.old_logprobs)
+    sampled = batch.mask & ~batch.behavior_logprobs.isnan()
+    return torch.where(sampled, (old - batch.behavior_logprobs).abs(), 0.0).sum()
 
 
 def token_means(passed: Pass, more: Metrics | None = None) -> dict[str, float]:

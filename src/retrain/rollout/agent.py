@@ -81,6 +81,8 @@ class EngineAgent:
             completion.logprobs,
             completion.versions,
             completion.finish_reason,
+            rollout=rollout.id,
+            place=len(rollout.messages),
         )
         message = self.renderer.message(completion.token_ids, tools)
         if entry.finish_reason in ("length", "context"):
