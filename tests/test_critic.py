@@ -341,3 +341,14 @@ def test_a_critic_that_is_not_there_or_of_another_make_is_refused(tmp_path: Path
     (first.checkpoint / "critic" / "critic.safetensors").write_bytes(b"no such thing")
     with pytest.raises(UserError, match=r"critic\.safetensors cannot be read"):
         build_update(Hyperparameters(**how, critic=critic), policy, seed=0)
+
+
+def test_a_second_stage_goes_on_with_the_critic_of_the_first(
+    tmp_path: Path, updates: list[Any]
+) -> None:
+    kinds = [{"kind": "rl", "name": name} for name in ("a", "b", "c")]
+    kinds[2]["algorithm"] = {"hyperparameters": {"critic": {"backbone": "shared"}}}  # type: ignore[assignment]
+    retrain.run_sync(rl_config(tmp_path, algorithm=ppo(steps=1), stages=kinds))
+    first, second, third = (critic_of(update) for update, _ in updates)
+    assert second is first and third is not first
+    assert updates[1][1]["head.weight"].any() and not updates[2][1]["head.weight"].any()

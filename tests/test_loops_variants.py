@@ -225,6 +225,10 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
     assert not is_causal(bert.eval())
     assert is_causal(tiny_qwen3())
     assert is_causal(tiny_gpt2())
+    damaged = tiny_gpt2()
+    damaged.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(UserError, match="logits that are not finite"):
+        is_causal(damaged)
 
 
 def test_two_tasks_of_one_id_in_a_step_are_refused() -> None:

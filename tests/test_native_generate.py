@@ -122,6 +122,21 @@ def test_a_batch_is_appended_to(make: Make) -> None:
     assert messages[0].content != messages[1].content
 
 
+def test_a_message_enters_its_own_rollout_once(make: Make) -> None:
+    generate = make(tiny_gpt2(), TOKENIZER, max_new_tokens=4)
+    rollout, other = ask(), ask("Why?")
+    message = generate.rollout_generate_response(rollout)
+    with pytest.raises(ValueError, match="answers rollout"):
+        other.add_messages(message)
+    rollout.add_messages(message)
+    with pytest.raises(ValueError, match="it was added before"):
+        rollout.add_messages(message)
+    (more,) = generate.batch_rollout_generate_response([other])
+    with pytest.raises(ValueError, match="it was added before"):
+        other.add_messages(more)
+    assert len(rollout.segments) == len(other.segments) == 1
+
+
 def test_one_rollout_twice_is_refused(make: Make) -> None:
     rollout = ask()
     generate = make(tiny_gpt2(), TOKENIZER, max_new_tokens=4)

@@ -39,10 +39,11 @@ DIFFERENCES: dict[str, dict[str, Any]] = {
     "dr_grpo": {"normalize_advantages": "none", "aggregation": "constant"},
     "dapo": {
         "clip": (0.2, 0.28), "aggregation": "token_mean", "dynamic_sampling_rounds": 3,
-        "overlong_punishment": {"buffer_share": 0.2, "weight": 1.0},
+        "mini_batches": 2, "overlong_punishment": {"buffer_share": 0.2, "weight": 1.0},
     },
-    "gspo": {"loss": "gspo", "clip": (3e-4, 4e-4)},
-    "cispo": {"loss": "cispo", "clip": (None, 4.0), "aggregation": "token_mean"},
+    "gspo": {"loss": "gspo", "clip": (3e-4, 4e-4), "mini_batches": 2},
+    "cispo": {"loss": "cispo", "clip": (None, 4.0), "aggregation": "token_mean",
+              "mini_batches": 2},
     "rloo": {
         "advantage": "rloo", "normalize_advantages": "none", "loss": "reinforce",
         "clip": (None, None), "aggregation": "sequence_sum",
@@ -160,7 +161,9 @@ def test_check_prints_choices_that_no_preset_makes(tmp_path: Path) -> None:
             "coefficient": 0.5, "estimator": "k1", "place": "reward", "refresh_steps": None}}),
         ("ppo", {"epochs": 1, "critic": {"gae_lambda": 0.5}},
          {"epochs": 1, "critic": {**DIFFERENCES["ppo"]["critic"], "gae_lambda": 0.5}}),
-        ("ppo", {"advantage": "grpo", "critic": None}, {"advantage": "grpo", "critic": None}),
+        ("ppo", {"advantage": "grpo"}, {"advantage": "grpo", "critic": None}),
+        ("dapo", {"loss": "gspo"}, {"loss": "gspo", "clip": (3e-4, 4e-4)}),
+        ("dapo", {"loss": "sapo"}, {"loss": "sapo", "clip": (None, None)}),
     ],
 )  # fmt: skip
 def test_a_file_overrules_its_preset_key_by_key(
@@ -229,11 +232,14 @@ PLUS = {"advantage": "reinforce_plus_plus", "normalize_advantages": "none"}
         ({"loss": "gspo", "dual_clip": 3.0}, "dual_clip does nothing for loss gspo"),
         ({"aggregation_length": 8}, "aggregation_length does nothing for sequence_mean"),
         ({**PLUS, "dynamic_sampling_rounds": 1}, "dynamic_sampling_rounds does nothing for rein"),
+        ({"kl": {"place": "reward"}}, "makes the penalty as large as a reward where a group's"),
+        ({"mini_batches": 3}, "mini_batches is 3, but a step has 2 groups to deal out"),
+        ({**GAE, "critic": {"warmup_steps": 2}}, "critic.warmup_steps takes all the steps"),
         ({"kl": {"estimator": "k1"}}, "kl.estimator k1 in the loss has an expected gradient of"),
     ],
 )  # fmt: skip
 def test_choices_without_effect_are_refused(given: dict[str, Any], message: str) -> None:
-    section = {"hyperparameters": given}
+    section = {"hyperparameters": {"steps": 2, "prompts_per_step": 2, **given}}
     with pytest.raises(UserError) as failure:
         load_config(rl_config(Path("runs"), algorithm=section))
     assert message in failure.value.cause
@@ -248,7 +254,7 @@ def test_choices_without_effect_are_refused(given: dict[str, Any], message: str)
         {"credit": "turn", "normalize_advantages": "batch"},
         {"loss": "gmpo", "clip_low": 0.1},
         {"aggregation": "constant", "aggregation_length": 8},
-        {"kl": {"estimator": "k1", "place": "reward"}},
+        {"kl": {"estimator": "k1", "place": "reward"}, "normalize_advantages": "batch"},
     ],
 )
 def test_choices_with_effect_are_taken(given: dict[str, Any]) -> None:

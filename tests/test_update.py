@@ -79,7 +79,7 @@ async def first_gradient(update: PolicyUpdate, samples: Sequence[Sample]) -> Gra
     found: list[Gradients] = []
     model = update.learner.model
 
-    def keep(part: Sequence[Sample]) -> dict[str, float]:
+    def keep(part: Sequence[Sample], *, schedule_step: int) -> dict[str, float]:
         found.append(gradients(model))
         model.zero_grad()
         return {}
@@ -349,7 +349,10 @@ async def test_ratios_of_whole_rollouts_do_not_depend_on_the_cut(settings: dict[
     ("settings", "kept"),
     [
         ({}, False),
-        ({"kl": {"place": "reward", "estimator": "k1"}}, False),
+        (
+            {"kl": {"place": "reward", "estimator": "k1"}, "normalize_advantages": "none"},
+            False,
+        ),
         ({"kl": {}}, True),
         ({"entropy_coefficient": 0.1}, True),
         ({"advantage": "gae", "normalize_advantages": "none", "critic": {}}, True),

@@ -233,6 +233,13 @@ class Hyperparameters(Optimization):
                 "groups to deal out",
             ),
             (
+                self.kl is not None
+                and self.kl.place == "reward"
+                and self.normalize_advantages == "group",
+                "kl.place: reward with normalize_advantages: group makes the penalty as large as a "
+                "reward where a group's rewards are equal; use batch or none, or place: loss",
+            ),
+            (
                 clips and self.loss not in CLIPPED_LOSSES,
                 f"clip_low and clip_high do nothing for loss {self.loss}",
             ),

@@ -112,10 +112,10 @@ class PrefixAttention(OwnAttention):
         own._hidden_shared = None
         if families.start < families.width:
             beyond = torch.arange(families.width, device=device) >= families.shared.unsqueeze(1)
-            own._hidden_shared = _additive(beyond, dtype)
+            own._hidden_shared = _additive(beyond, _wide(dtype))
         key = torch.arange(families.start, width, device=device)
         first = families.shared[families.place // families.members.shape[1]]
-        own._hidden_own = _additive((key < first.unsqueeze(1)) | (key > columns), dtype)
+        own._hidden_own = _additive((key < first.unsqueeze(1)) | (key > columns), _wide(dtype))
         return own
 
     def read(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -160,7 +160,7 @@ class PrefixAttention(OwnAttention):
             self._hidden_own,
         )
         joined = _joined((by_row(shared[0]), by_row(shared[1]), by_row(shared[2])), own)
-        return joined.view(rows, 1, heads, size)
+        return joined.to(query.dtype).view(rows, 1, heads, size)
 
 
 Part = tuple[Tensor, Tensor, Tensor]
@@ -168,13 +168,14 @@ Part = tuple[Tensor, Tensor, Tensor]
 
 
 def _attended(query: Tensor, key: Tensor, value: Tensor, hidden: Tensor | None) -> Part:
-    """Query [..., Q, D] over key [..., D, C] and value [..., C, D]."""
-    scores = query @ key
+    """Query [..., Q, D] over key [..., D, C] and value [..., C, D]; softmax in fp32 at least."""
+    scores = (query @ key).to(_wide(query.dtype))
     if hidden is not None:
         scores += hidden
     top = scores.amax(-1, keepdim=True)
     weights = scores.sub_(top).exp_()
-    return weights @ value, top, weights.sum(-1, keepdim=True)
+    attended = (weights.to(value.dtype) @ value).to(weights.dtype)
+    return attended, top, weights.sum(-1, keepdim=True)
 
 
 def _joined(first: Part, second: Part) -> Tensor:
@@ -182,6 +183,10 @@ def _joined(first: Part, second: Part) -> Tensor:
     scales = [(part[1] - top).exp_() for part in (first, second)]
     attended = first[0] * scales[0] + second[0] * scales[1]
     return attended / (first[2] * scales[0] + second[2] * scales[1])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:

@@ -250,7 +250,8 @@ def make_runner(model: nn.Module, context_limit: int) -> Runner:
 
 def _reads_families(model: nn.Module, context_limit: int, tolerance: float) -> bool:
     kinds = set(architecture_setting(model, "layer_types") or ())
-    if not takes_own_attention(model) or not kinds <= {"full_attention"}:
+    slides = not kinds and architecture_setting(model, "sliding_window") is not None
+    if slides or not takes_own_attention(model) or not kinds <= {"full_attention"}:
         return False
     try:
         return cache_gap(model, context_limit, families=True) <= tolerance

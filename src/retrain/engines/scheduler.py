@@ -116,6 +116,7 @@ class Scheduler:
         self._waiting.clear()
         for job in list(self._jobs.values()):
             self._vacate(job)
+        self._families = None
         self._table.forget()
         return jobs
 

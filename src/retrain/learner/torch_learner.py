@@ -194,22 +194,32 @@ class TorchLearner:
         if loss.requires_grad:
             loss.backward()  # type: ignore[no-untyped-call]
 
-    def optim_step(self, samples: Sequence[Sample] = ()) -> dict[str, float]:
+    def optim_step(
+        self, samples: Sequence[Sample] = (), *, schedule_step: int | None = None
+    ) -> dict[str, float]:
         """Clip, step, clear. Returns the gradient's norm before clipping and the learning rate;
         those of the critic too, where there is one.
+
+        Args:
+            schedule_step: where the schedule stands; by default the number of updates made.
 
         Raises:
             NotFiniteError: the gradient is not finite; `samples` are named as what it came from.
         """
-        metrics = self._step("policy", self.optimizers, samples)
+        factor = self.schedule.factor(self.updates if schedule_step is None else schedule_step)
+        metrics = self._step("policy", self.optimizers, samples, factor)
         if self.critic is not None:
-            stepped = self._step("critic", self.critic_optimizers, samples)
+            stepped = self._step("critic", self.critic_optimizers, samples, factor)
             metrics |= {f"critic_{name}": value for name, value in stepped.items()}
         self.updates += 1
         return metrics
 
     def _step(
-        self, whose: str, optimizers: Sequence[torch.optim.Optimizer], samples: Sequence[Sample]
+        self,
+        whose: str,
+        optimizers: Sequence[torch.optim.Optimizer],
+        samples: Sequence[Sample],
+        factor: float,
     ) -> dict[str, float]:
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         limit = math.inf if self.max_grad_norm is None else self.max_grad_norm
@@ -222,7 +232,6 @@ class TorchLearner:
                 + (" or the scale of the rewards." if self.updates == 0 else "."),
                 samples,
             )
-        factor = self.schedule.factor(self.updates)
         for group in groups:
             group["lr"] = group["peak"] * factor
         for optimizer in optimizers:
@@ -275,6 +284,8 @@ class TorchLearner:
     def _set_mode(self) -> None:
         """Training mode is what switches gradient checkpointing on; nothing else needs it."""
         self.model.train(self._checkpointing)
+        if self.critic is not None:
+            self.critic.train(self._checkpointing)
 
     def _micro_batches(
         self, samples: Sequence[Sample], aggregation: Aggregation, **how: Any

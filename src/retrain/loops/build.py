@@ -38,7 +38,7 @@ from retrain.envs import (
 from retrain.importing import import_object
 from retrain.learner import Critic, Schedule, TorchLearner
 from retrain.models import Policy, load_critic, load_policy
-from retrain.models.forward import architecture_setting
+from retrain.models.forward import architecture_setting, splits_exactly
 from retrain.rendering import (
     Codec,
     FencedFormat,
@@ -335,6 +335,12 @@ def _build_critic(settings: CriticConfig, policy: Policy, before: Critic | None)
     shared = settings.backbone == "shared"
     if settings.from_checkpoint is None and before and (before.backbone is None) == shared:
         return before
+    if shared and not splits_exactly(policy.model):
+        raise UserError(
+            "critic.backbone: shared needs hidden states; "
+            f"{type(policy.model).__name__} does not give them apart from its logits",
+            "Use critic.backbone: own.",
+        )
     critic = Critic(policy.model, own_backbone=settings.backbone == "own")
     if settings.from_checkpoint is not None:
         load_critic(critic, Path(settings.from_checkpoint).expanduser())

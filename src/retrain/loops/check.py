@@ -90,6 +90,8 @@ def describe_choices(settings: Hyperparameters) -> Iterator[str]:
     )
     yield f"loss: {settings.loss}{_clip(settings)}; aggregation: {_aggregation(settings)}"
     yield f"updates a step: {settings.epochs} x {settings.mini_batches} (epochs x mini-batches)"
+    if settings.epochs * settings.mini_batches == 1:
+        yield "  (the ratio is 1 in a step's only update: clip bounds do not act)"
     if settings.entropy_coefficient:
         yield f"entropy bonus: {settings.entropy_coefficient:g}"
     if (kl := settings.kl) is not None:

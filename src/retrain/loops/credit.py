@@ -27,6 +27,9 @@ from retrain.types import RewardPart, Rollout, Sample
 
 Estimator = Literal["grpo", "rloo", "opo", "reinforce_plus_plus", "gae"]
 
+OVERLONG = "overlong_punishment"
+"""The name of its reward part."""
+
 _BY_GROUP: dict[str, Callable[[Tensor, Tensor, bool], Tensor]] = {
     "grpo": lambda rewards, lengths, std: grpo(rewards, normalize_std=std),
     "rloo": lambda rewards, lengths, std: _scaled(rloo(rewards), rewards, std),
@@ -202,14 +205,22 @@ def by_agent(groups: Sequence[Sequence[Rollout]]) -> Iterator[list[Rollout]]:
 
 
 def has_variance(group: Sequence[Rollout], *, per_turn: bool = False) -> bool:
-    """Whether rewards differ within some agent's rollouts of a group."""
+    """Whether rewards differ within some agent's rollouts of a group, overlong punishment aside."""
     for own in by_agent([group]):
         if not own[0].trainable:
             continue
-        rewards = [r for o in own for r in (o.step_rewards if per_turn else [o.reward])]
+        rewards = [reward for rollout in own for reward in _task_rewards(rollout, per_turn)]
         if any(reward != rewards[0] for reward in rewards):
             return True
     return False
+
+
+def _task_rewards(rollout: Rollout, per_turn: bool) -> list[float]:
+    rewards = list(rollout.step_rewards) if per_turn else [rollout.reward]
+    for part in rollout.reward_parts:
+        if part.name == OVERLONG and part.turn is not None:
+            rewards[part.turn if per_turn else 0] -= part.value
+    return rewards
 
 
 def sampled_tokens(rollout: Rollout) -> int:
@@ -247,7 +258,7 @@ def punish_overlong(
             if raw == 0 or rollout.error is not None:
                 continue
             value = weight * raw
-            part = RewardPart("overlong_punishment", "step", turn, raw, weight, value)
+            part = RewardPart(OVERLONG, "step", turn, raw, weight, value)
             rollout.reward_parts.append(part)
             rollout.step_rewards[turn] += value
             rollout.reward += value

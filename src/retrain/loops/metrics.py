@@ -108,7 +108,6 @@ def learner_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     metrics = {
         "logprob_gap/max": totals["gap_max"],
         "logprob_gap/mean": totals["gap_mean"],
-        "tokens/trained": totals["tokens"],
         "entropy": totals["entropy"] / tokens,
     }
     if "returns" in totals:

@@ -57,17 +57,18 @@ class PolicyUpdate:
             for sample in to_samples(rollout)
         ]
         penalised = settings.kl is not None and settings.kl.place == "reward"
-        if penalised or settings.epochs * settings.mini_batches > 1:
-            self.learner.attach_old_logprobs(samples)
         if penalised and self.reference is not None:
+            self.learner.attach_old_logprobs(samples)
             self.learner.attach_reference(samples, self.reference)
         if settings.critic is not None:
             self.learner.attach_values(samples)
         self._credit().assign(groups, samples)
         if not self._trains_everything:
             samples = _that_teach(samples)
-        if self.reference is not None and not penalised:
+        if not penalised and self.reference is not None:
             self.learner.attach_reference(samples, self.reference)
+        if not penalised and settings.epochs * settings.mini_batches > 1:
+            self.learner.attach_old_logprobs(samples)
         return samples
 
     async def learn(
@@ -78,7 +79,8 @@ class PolicyUpdate:
         warming = settings.critic is not None and step <= settings.critic.warmup_steps
         objective = build_objective(settings)
         metrics: dict[str, float] = {}
-        for part in self._parts(samples, step):
+        begun = (step - 1) * settings.epochs * settings.mini_batches
+        for number, part in enumerate(self._parts(samples, step)):
             totals = self.learner.forward_backward(
                 part,
                 objective,
@@ -89,9 +91,10 @@ class PolicyUpdate:
                 entropy_gradient=settings.entropy_coefficient > 0,
                 train_policy=not warming,
             )
-            stepped = self.learner.optim_step(part)
+            stepped = self.learner.optim_step(part, schedule_step=begun + number)
             if not metrics:
                 metrics = learner_metrics(totals)
+                metrics["tokens/trained"] = float(sum(sum(s.loss_mask) for s in samples))
             metrics |= update_metrics(totals) | stepped
             if not warming:
                 await weights_changed()

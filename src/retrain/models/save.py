@@ -80,8 +80,10 @@ def load_critic(critic: nn.Module, directory: Path) -> None:
             f"the critic in {path} is of another make than this one",
             "Use the model and the critic.backbone that it was saved with.",
         )
-    for name, parameter in own.items():
-        parameter.copy_(saved[name])
+    with torch.no_grad():
+        for name, parameter in critic.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(saved[name])
 
 
 def _trained(critic: nn.Module) -> dict[str, torch.Tensor]:

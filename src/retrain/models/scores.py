@@ -27,6 +27,11 @@ LOGITS_PER_CHUNK = 1 << 23
 """Most logits alive at once (32 MiB of fp32)."""
 
 
+WORTH_PACKING = 0.8
+"""Largest share of the padded tokens that a packing may have left: attention without a mask is
+cheaper than a packing that saves less."""
+
+
 @dataclass(frozen=True)
 class Scores:
     """Of the M masked tokens, in the order of `mask.nonzero()`."""
@@ -121,15 +126,17 @@ def predictor_states(
 ) -> Tensor:
     """The final hidden states [M, D] that masked tokens are predicted from: those a token earlier.
 
-    Nothing after a row's last predictor is run.
+    Packed where that saves enough tokens; nothing after the last predictor is run.
     """
     rows, columns = mask.nonzero(as_tuple=True)
-    if not (share_prefixes and packs_exactly(model)):
-        width = int(columns.max()) if len(columns) else 1
+    width = int(columns.max()) if len(columns) else 1
+    tree = None
+    if share_prefixes and packs_exactly(model):
+        table = token_ids.cpu().numpy()
+        reach = np.where(mask.cpu().numpy(), np.arange(mask.shape[1]), 1).max(axis=1)
+        tree = build_tree([row[:end] for row, end in zip(table, reach, strict=True)])
+    if tree is None or len(tree.token_ids) > WORTH_PACKING * len(token_ids) * width:
         return decoder_hidden(model, token_ids[:, :width])[rows, columns - 1]
-    table = token_ids.cpu().numpy()
-    reach = np.where(mask.cpu().numpy(), np.arange(mask.shape[1]), 1).max(axis=1)
-    tree = build_tree([row[:end] for row, end in zip(table, reach, strict=True)])
     index = torch.from_numpy(tree.index).to(token_ids.device)
     return tree_hidden(model, tree)[index[rows, columns - 1]]
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from retrain.models.attention import OwnAttention, takes_own_attention
 from retrain.models.forward import (
@@ -34,8 +35,9 @@ BLOCK_CPU, BLOCK_GPU = 128, 1024
 pairs that are then masked, a smaller one makes more calls. On a CPU 128 is the best of 32 to 512;
 the other is where a call's own cost counts for more, and is not measured."""
 
-KEPT_MASK = 1 << 20
-"""Most entries of a block's mask that is kept from layer to layer; larger ones are made anew."""
+KEPT_COLUMNS = 1024
+"""Most keys of a block whose copy is kept for the backward pass. A long branch has many blocks, and
+each one's ancestors grow: what all of them copy would be quadratic in its length."""
 
 _packs: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
 
@@ -175,24 +177,42 @@ class TreeMask(OwnAttention):
         outputs: list[Tensor] = []
         for number, block in enumerate(self.blocks):
             seen = (*block.ancestors, number)
-            additive = self.additive(number, window, query.dtype)
-            outputs.append(
-                nn.functional.scaled_dot_product_attention(
-                    queries[number],
-                    torch.cat([keys[n] for n in seen], dim=2) if len(seen) > 1 else keys[number],
-                    torch.cat([values[n] for n in seen], dim=2)
-                    if len(seen) > 1
-                    else values[number],
+            columns = sum(sizes[n] for n in seen)
+            pieces = [*(keys[n] for n in seen), *(values[n] for n in seen)]
+
+            def of_block(
+                query: Tensor, *pieces: Tensor, number: int = number, columns: int = columns
+            ) -> Tensor:
+                half = len(pieces) // 2
+                additive = self._additive(number, window, query.dtype, columns)
+                return nn.functional.scaled_dot_product_attention(
+                    query,
+                    torch.cat(pieces[:half], dim=2) if half > 1 else pieces[0],
+                    torch.cat(pieces[half:], dim=2) if half > 1 else pieces[1],
                     attn_mask=additive,
                     is_causal=additive is None,
                     scale=scaling,
                 )
-            )
+
+            if columns > KEPT_COLUMNS and len(seen) > 1 and torch.is_grad_enabled():
+                outputs.append(
+                    checkpoint(
+                        of_block,
+                        queries[number],
+                        *pieces,
+                        use_reentrant=False,
+                        preserve_rng_state=False,
+                    )
+                )
+            else:
+                outputs.append(of_block(queries[number], *pieces))
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    def additive(self, number: int, window: int | None, dtype: torch.dtype) -> Tensor | None:
+    def _additive(
+        self, number: int, window: int | None, dtype: torch.dtype, columns: int
+    ) -> Tensor | None:
         """[queries, keys] of a block: 0 where a query sees a key, -inf elsewhere; None where it is
-        causal and nothing else. Small ones are kept for the other layers."""
+        causal and nothing else. Those of few columns are kept for the other layers."""
         key = (number, window, dtype)
         if key in self._made:
             return self._made[key]
@@ -201,7 +221,7 @@ class TreeMask(OwnAttention):
         if visible is not None:
             made = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             made.masked_fill_(~visible, -torch.inf)
-        if made is None or made.numel() <= KEPT_MASK:
+        if columns <= KEPT_COLUMNS:
             self._made[key] = made
         return made
 
@@ -253,9 +273,11 @@ def _why_not(model: nn.Module) -> str | None:
         return f"it has layers of {', '.join(sorted(kinds - {'full_attention'}))}"
     if not splits_exactly(model):
         return "its head is more than its decoder's output and a projection"
+    window = architecture_setting(model, "sliding_window")
+    slides = "sliding_attention" in kinds or (not kinds and window is not None)
     with evaluating(model), torch.no_grad():
         try:
-            return _probe(model, slides="sliding_attention" in kinds)
+            return _probe(model, slides=slides)
         except Exception as error:  # any architecture may fail in its own way
             return f"{type(error).__name__}: {error}"
 
