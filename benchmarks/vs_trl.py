@@ -25,8 +25,8 @@ Each system in its best supported mode, as measured: TRL with `generate` (transf
 batching is slower on a CPU), without a reference model (beta 0) and without gradient
 checkpointing, in micro-batches of 16 rollouts, which cost no more time than one of 128 and take
 well under half its memory (`--trl-set per_device_train_batch_size=128 --trl-set
-gradient_accumulation_steps=1` for the latter). retrain with its defaults; both without per-step
-files of rollouts.
+gradient_accumulation_steps=1` for the latter). retrain with one thread for decoding, as tiny
+models want; both without per-step files of rollouts.
 """
 
 from __future__ import annotations
