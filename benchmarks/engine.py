@@ -5,9 +5,9 @@
 A tiny Qwen3 made here (d=64, 3 layers), 16 prompts x 8 rollouts, ragged lengths. A random model
 never ends by itself, so each rollout has its own token budget; `generate` runs one batch to the
 longest of them and only the tokens within each budget count as useful ("all" counts the rest
-too). In the tool variant each rollout gets 6 tokens of tool output in the middle: the engine
-goes on from its cache, `generate` starts again from the whole conversation. The two take turns;
-medians are printed.
+too). Prompts have 20 to 40 tokens, 200 to 400 in the last variant. In the tool variant each
+rollout gets 6 tokens of tool output in the middle: the engine goes on from its cache, `generate`
+starts again from the whole conversation. The two take turns; medians are printed.
 """
 
 from __future__ import annotations
@@ -56,9 +56,11 @@ def demo_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def make_plans(turns: int, longest: int, seed: int) -> list[Plan]:
+def make_plans(turns: int, longest: int, seed: int, shortest: int) -> list[Plan]:
+    """Prompts of `shortest` to twice as many tokens."""
     rng = np.random.default_rng(seed)
-    prompts = [rng.integers(0, VOCAB, rng.integers(20, 41)).tolist() for _ in range(PROMPTS)]
+    sizes = rng.integers(shortest, 2 * shortest + 1, PROMPTS)
+    prompts = [rng.integers(0, VOCAB, size).tolist() for size in sizes]
     plans = []
     for prompt in prompts:
         for _ in range(GROUP):
@@ -104,12 +106,12 @@ def run_generate(model: Qwen3ForCausalLM, plans: list[Plan]) -> tuple[int, int]:
     return sum(sum(plan.budgets) for plan in plans), everything
 
 
-async def compare(name: str, turns: int, longest: int, repeats: int) -> None:
+async def compare(name: str, turns: int, longest: int, repeats: int, prompt: int = 20) -> None:
     model = demo_model()
     engine = TorchEngine(model, max_slots=PROMPTS * GROUP)
     ours, theirs, theirs_all = [], [], []
     for repeat in range(repeats + 1):
-        plans = make_plans(turns, longest, repeat)
+        plans = make_plans(turns, longest, repeat, prompt)
         begin = time.perf_counter()
         tokens = await run_engine(engine, plans)
         middle = time.perf_counter()
@@ -137,6 +139,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     asyncio.run(compare("single turn", 1, 64, arguments.repeats))
     asyncio.run(compare("tool call", 2, 32, arguments.repeats))
+    asyncio.run(compare("long prompts", 1, 64, arguments.repeats, prompt=200))
 
 
 if __name__ == "__main__":

@@ -198,7 +198,7 @@ async def test_a_groups_prompt_is_read_once_in_decoding_and_changes_nothing(
         )
 
     together = await everything()
-    monkeypatch.setattr("retrain.engines.scheduler.find_families", lambda *_: None)
+    monkeypatch.setattr("retrain.engines.scheduler.find_families", lambda *_, before: None)
     alone = await everything()
     assert together[2] > 20 and alone[2] == 2 * 2  # of the probe
     assert together[0] == alone[0]

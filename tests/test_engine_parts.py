@@ -215,13 +215,14 @@ def test_families_must_pay() -> None:
     cpu, everyone = torch.device("cpu"), np.ones(4, dtype=np.bool_)
     long, short = np.full(4, 100), np.array([100, 100, 100, 0])
     pairs, strangers = np.array([1, 1, 2, 2]), np.array([1, 2, 3, 3])
-    assert find_families(pairs, long, everyone, cpu) is not None
-    assert find_families(pairs, short, everyone, cpu) is None
-    assert find_families(strangers, long, everyone, cpu) is None
-    first = find_families(pairs, long, everyone, cpu)
+    assert find_families(pairs, long, everyone, 150, cpu) is not None
+    assert find_families(pairs, short, everyone, 150, cpu) is None
+    assert find_families(pairs, long, everyone, 201, cpu) is None
+    assert find_families(strangers, long, everyone, 150, cpu) is None
+    first = find_families(pairs, long, everyone, 150, cpu)
     assert first is not None
     first.prefixes[0] = (torch.zeros(1), torch.zeros(1))
-    fewer = find_families(pairs, long, np.array([True, True, False, True]), cpu, first)
+    fewer = find_families(pairs, long, np.array([True, True, False, True]), 150, cpu, before=first)
     assert fewer is None or fewer.prefixes is first.prefixes
-    other = find_families(pairs + 5, long, everyone, cpu, first)
+    other = find_families(pairs + 5, long, everyone, 150, cpu, before=first)
     assert other is not None and not other.prefixes

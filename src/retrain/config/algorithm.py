@@ -188,14 +188,13 @@ class Hyperparameters(Optimization):
 
     @model_validator(mode="after")
     def _every_choice_acts(self) -> Hyperparameters:
-        for refused, reason in self._without_effect():
+        for refused, reason in (*self._unfit_for_the_advantage(), *self._unfit_for_the_update()):
             if refused:
                 raise ValueError(reason)
         return self
 
-    def _without_effect(self) -> list[tuple[bool, str]]:
+    def _unfit_for_the_advantage(self) -> list[tuple[bool, str]]:
         by_token = self.advantage in TOKEN_ADVANTAGES
-        clips = self.clip_low is not None or self.clip_high is not None
         return [
             (
                 self.group_size == 1 and not by_token,
@@ -224,13 +223,9 @@ class Hyperparameters(Optimization):
                 "(critic: null where a section above sets it)",
             ),
             (
-                self.critic is not None and self.critic.warmup_steps >= self.steps,
-                "critic.warmup_steps takes all the steps: the policy would never learn",
-            ),
-            (
-                self.mini_batches > self.prompts_per_step,
-                f"mini_batches is {self.mini_batches}, but a step has {self.prompts_per_step} "
-                "groups to deal out",
+                self.dynamic_sampling_rounds > 0 and by_token,
+                f"dynamic_sampling_rounds does nothing for {self.advantage}: a group without "
+                "variance teaches it too",
             ),
             (
                 self.kl is not None
@@ -238,6 +233,20 @@ class Hyperparameters(Optimization):
                 and self.normalize_advantages == "group",
                 "kl.place: reward with normalize_advantages: group makes the penalty as large as a "
                 "reward where a group's rewards are equal; use batch or none, or place: loss",
+            ),
+        ]
+
+    def _unfit_for_the_update(self) -> list[tuple[bool, str]]:
+        clips = self.clip_low is not None or self.clip_high is not None
+        return [
+            (
+                self.critic is not None and self.critic.warmup_steps >= self.steps,
+                "critic.warmup_steps takes all the steps: the policy would never learn",
+            ),
+            (
+                self.mini_batches > self.prompts_per_step,
+                f"mini_batches is {self.mini_batches}, but a step has {self.prompts_per_step} "
+                "groups to deal out",
             ),
             (
                 clips and self.loss not in CLIPPED_LOSSES,
@@ -250,11 +259,6 @@ class Hyperparameters(Optimization):
             (
                 self.aggregation_length is not None and self.aggregation != "constant",
                 f"aggregation_length does nothing for {self.aggregation}: it is for constant",
-            ),
-            (
-                self.dynamic_sampling_rounds > 0 and by_token,
-                f"dynamic_sampling_rounds does nothing for {self.advantage}: a group without "
-                "variance teaches it too",
             ),
         ]
 

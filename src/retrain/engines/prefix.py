@@ -45,16 +45,19 @@ def find_families(
     family: np.ndarray,
     shared: np.ndarray,
     active: np.ndarray,
+    width: int,
     device: torch.device,
+    *,
     before: Families | None = None,
 ) -> Families | None:
     """Families of the active rows, from columns [R]; None where sharing does not pay.
 
-    Rows of one `family` are equal in their first `shared` columns. What was copied for the
-    families of the step `before` serves again where they are the same.
+    It does not where half of the `width` columns that matter lie beyond the shortest prefix: each
+    row reads those on its own. Rows of one `family` are equal in their first `shared` columns.
+    What was copied for the families of the step `before` serves again where they are the same.
     """
     rows = np.flatnonzero(active)
-    if len(rows) < 2 or int(shared[rows].min()) < WORTH_SHARING:
+    if len(rows) < 2 or 2 * int(shared[rows].min()) < max(width, 2 * WORTH_SHARING):
         return None
     if 2 * len(np.unique(family[rows])) > len(rows):
         return None

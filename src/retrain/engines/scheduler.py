@@ -296,7 +296,12 @@ class Scheduler:
         self._reserve(rows, width + 2)
         assert self._runner is not None
         self._families = find_families(
-            table.family[:rows], table.shared[:rows], active, self._device, self._families
+            table.family[:rows],
+            table.shared[:rows],
+            active,
+            width,
+            self._device,
+            before=self._families,
         )
         logits = self._runner.step(table.ids, lengths, width, self._families)
         lengths += active
