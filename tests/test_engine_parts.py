@@ -158,7 +158,7 @@ def test_prefix_sharing() -> None:
     prompt = np.array([5, 6, 7, 8, 1], dtype=np.int32)
     assert table.shared_prefix(0, prompt) == 3  # the fourth token is known but was not run
     assert table.shared_prefix(1, prompt) == 2
-    assert table.best_donor(prompt) == (0, 3)
+    assert table.best_donor(prompt, table.length) == (0, 3)
     table.forget()
     assert table.best_donor(prompt)[1] == 0
 

@@ -113,6 +113,10 @@ class SlotCache(Cache):
         for stored in self._all():
             stored[target, :, :width] = stored[source, :, :width]
 
+    def columns_of(self, row: int, start: int, stop: int) -> Tensor:
+        """Everything stored for columns [start, stop) of a row, as one vector."""
+        return torch.cat([stored[row, :, start:stop].flatten() for stored in self._all()])
+
     def _all(self) -> Iterator[Tensor]:
         yield from self._keys.values()
         yield from self._values.values()

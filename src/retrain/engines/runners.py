@@ -49,6 +49,13 @@ class Runner(Protocol):
         """Run columns [start, end) of `rows`; `ids` is the whole table [slots, columns]."""
         ...
 
+    def prefill_block(
+        self, ids: np.ndarray, rows: Sequence[int], start: int, end: np.ndarray, size: int
+    ) -> None:
+        """Run columns [start, end[r]) of each row as a block of `size` columns: a row's bits then
+        depend on neither the other rows nor its own `end`."""
+        ...
+
     def copy(self, source: Sequence[int], target: Sequence[int], width: int) -> None:
         """What is remembered of columns [0, width), from slot to slot."""
         ...
@@ -129,6 +136,20 @@ class CachedRunner:
             mask = self._mask(where, int(end.max()))
             decoder_hidden(self._model, inputs, mask, positions, self._cache)
 
+    def prefill_block(
+        self, ids: np.ndarray, rows: Sequence[int], start: int, end: np.ndarray, size: int
+    ) -> None:
+        columns = np.tile(start + np.arange(size), (len(rows), 1))
+        inside = columns < end[:, None]
+        chosen = np.asarray(rows)[:, None]
+        tokens = np.where(inside, ids[chosen, np.minimum(columns, ids.shape[1] - 1)], 0)
+        where = torch.from_numpy(columns).to(self._device)
+        self._cache.begin(self._index(rows), where, start + size, fresh=False)
+        inputs = torch.from_numpy(tokens.astype(np.int64)).to(self._device)
+        mask = self._mask(where, start + size)
+        positions = where.clamp(max=self._last_position)
+        decoder_hidden(self._model, inputs, mask, positions, self._cache)
+
     def step(
         self,
         ids: np.ndarray,
@@ -151,6 +172,10 @@ class CachedRunner:
         positions = columns.clamp(max=self._last_position)
         hidden = decoder_hidden(self._model, inputs, mask, positions, self._cache)
         return head_logits(self._model, hidden[:, -1]).float()
+
+    def remembered(self, row: int, start: int, stop: int) -> Tensor:
+        """What columns [start, stop) of a row hold, as one vector."""
+        return self._cache.columns_of(row, start, stop)
 
     def _mask(self, columns: Tensor, width: int) -> AttentionMask:
         """Additive masks [R, 1, T, width] for queries at `columns` [R, T].
@@ -186,6 +211,11 @@ class PlainRunner:
 
     def prefill(
         self, ids: np.ndarray, rows: Sequence[int], start: np.ndarray, end: np.ndarray
+    ) -> None:
+        pass
+
+    def prefill_block(
+        self, ids: np.ndarray, rows: Sequence[int], start: int, end: np.ndarray, size: int
     ) -> None:
         pass
 

@@ -15,18 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from retrain.engines.base import Completion, GenerateRequest
+from retrain.engines.exact import COLUMN_BLOCK, ROW_BLOCK, exact_runner
+from retrain.engines.fill import BLOCK, ExactFill, FastFill, Fill, PlainFill
 from retrain.engines.prefix import Families, find_families
 from retrain.engines.runners import Runner, make_runner
 from retrain.engines.sampling import UNIFORM_BLOCK, Uniforms, sample_tokens, truncate
 from retrain.engines.slots import SlotTable
 from retrain.engines.stops import StopRule
 from retrain.types import FinishReason, UserError
-
-FEED_LIMIT = 32
-"""Longest context that is fed through decode steps, a token a step, rather than prefilled."""
-
-FEED_CROWD = 1
-"""Rows decoding per row fed above which feeding is cheaper than a prefill call of its own."""
 
 ADMIT_TOGETHER = 8
 """New requests that wait for each other's slots to come free, while others decode."""
@@ -36,11 +32,7 @@ PATIENCE = 64
 
 FOREVER = 1 << 62
 
-MIN_COPY = 64
-"""Shortest prefix worth copying from another slot."""
-
-MIN_SAVED = 256
-"""Fewest tokens saved that make a prefill of a common prefix worth a call of its own."""
+NEVER = -1
 
 
 @dataclass(eq=False)
@@ -63,25 +55,64 @@ Outcome = tuple[Job, Completion | BaseException]
 
 
 class Scheduler:
-    """All state of generation. `advance` makes one step and returns what ended in it."""
+    """All state of generation. `advance` makes one step and returns what ended in it.
 
-    def __init__(self, model: nn.Module, max_slots: int, context_limit: int, version: int) -> None:
+    Args:
+        max_slots: most sequences at once; `exact` rounds it up to a multiple of ROW_BLOCK.
+        exact: what a request gets depends on its own tokens alone, to the bit, whatever its company
+            and whenever it arrives. Sessions then keep their slots until they end.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        max_slots: int,
+        context_limit: int,
+        version: int,
+        *,
+        exact: bool = False,
+    ) -> None:
         self._model = model
         self._context_limit = context_limit
-        self._version = version
-        self._table = SlotTable(max_slots)
+        self.version = version
+        self.exact = exact
+        self._table = SlotTable(_up(max_slots, ROW_BLOCK) if exact else max_slots)
         self._jobs: dict[int, Job] = {}
         self._waiting: list[Job] = []
         self._rules: list[StopRule] = []
         self._flags = np.zeros((0, 0), dtype=np.bool_)
         self._runner: Runner | None = None
+        self._fill: Fill = PlainFill(self._table)
         self._families: Families | None = None
         self._device = next(model.parameters()).device
-        self.prefilled_tokens = 0
+
+    @property
+    def prefilled_tokens(self) -> int:
+        return self._fill.prefilled_tokens
 
     @property
     def busy(self) -> bool:
-        return bool(self._jobs or self._waiting)
+        """Whether `advance` has anything to do."""
+        if self._jobs or not self._waiting:
+            return bool(self._jobs)
+        return not self.exact or self._table.free > 0 or any(map(self._has_cache, self._waiting))
+
+    def prepare(self) -> None:
+        """Find out how the model is run; the first request does it otherwise.
+
+        Raises:
+            UserError: `exact`, and the model's bits depend on company.
+        """
+        if self._runner is not None:
+            return
+        if self.exact:
+            runner: Runner = exact_runner(self._model, self._table.max_slots, self._context_limit)
+            self._fill = ExactFill(self._table, runner)
+        else:
+            runner = make_runner(self._model, self._context_limit)
+            if runner.incremental:
+                self._fill = FastFill(self._table, runner)
+        self._runner = runner
 
     def submit(self, jobs: Sequence[Job]) -> None:
         self._waiting += [job for job in jobs if not job.cancelled]
@@ -105,10 +136,10 @@ class Scheduler:
 
     def set_version(self, version: int) -> None:
         """New weights: every cache is void, and requests in flight are run again from token 0."""
-        self._version = version
+        self.version = version
         self._families = None
         self._table.forget()
-        self._fill(list(self._jobs))
+        self._fill.fill(list(self._jobs), 0)
 
     def abort(self) -> list[Job]:
         """Give up every request and every cache; the jobs that were under way."""
@@ -138,13 +169,21 @@ class Scheduler:
         seated = [self._seat(job, 0) for job in self._waiting if self._has_cache(job)]
         fresh = [job for job in self._waiting if job.slot is None]
         for job in fresh[: self._welcome(len(fresh))]:
-            slot = self._seat(job, self._table.steps - PATIENCE if self._jobs else FOREVER)
+            slot = self._seat(job, self._idle_before)
             if slot is None:
                 break
             seated.append(slot)
         if seated:
             self._waiting = [job for job in self._waiting if job.slot is None]
-            self._fill([slot for slot in seated if slot is not None])
+            slots = [slot for slot in seated if slot is not None]
+            self._fill.fill(slots, len(self._jobs) - len(slots))
+
+    @property
+    def _idle_before(self) -> int:
+        """Sessions that wait since before this step may lose their slots."""
+        if self.exact:
+            return NEVER
+        return self._table.steps - PATIENCE if self._jobs else FOREVER
 
     def _welcome(self, fresh: int) -> int:
         """How many new requests may look for a slot now. Where nothing runs, a few may take those
@@ -156,22 +195,22 @@ class Scheduler:
         return fresh if room == 0 or room >= min(fresh, ADMIT_TOGETHER) else 0
 
     def _seat(self, job: Job, idle_before: int) -> int | None:
-        slot = self._table.take(job.request.session, idle_before=idle_before)
+        session = job.request.session
+        own = None if session is None else self._table.by_session.get(session)
+        slot = self._table.take(session, idle_before=idle_before)
         if slot is not None:
-            self._place(job, slot)
+            self._place(job, slot, returns=slot == own)
         return slot
 
     def _has_cache(self, job: Job) -> bool:
         session = job.request.session
         return session is not None and session in self._table.by_session
 
-    def _place(self, job: Job, slot: int) -> None:
+    def _place(self, job: Job, slot: int, *, returns: bool) -> None:
         table, request = self._table, job.request
         prompt = np.asarray(request.prompt_ids, dtype=np.int32)
         self._reserve(slot + 1, len(prompt) + 2)
-        table.length[slot] = min(table.shared_prefix(slot, prompt), len(prompt) - 1)
-        if table.length[slot] < table.shared[slot] or table.length[slot] == 0:
-            table.relate([slot], 0)
+        self._fill.place(slot, prompt, returns=returns)
         table.ids[slot, : len(prompt)] = prompt
         table.known[slot] = len(prompt)
         limit = len(prompt) + request.params.max_new_tokens
@@ -191,89 +230,12 @@ class Scheduler:
         return self._rules.index(rule)
 
     def _reserve(self, slots: int, columns: int) -> None:
-        if self._runner is None:
-            self._runner = make_runner(self._model, self._context_limit)
+        self.prepare()
+        assert self._runner is not None
+        if self.exact:
+            slots, columns = _up(slots, ROW_BLOCK), _up(columns, COLUMN_BLOCK) + BLOCK
         self._table.reserve(slots, columns)
         self._runner.reserve(*self._table.shape)
-
-    def _fill(self, slots: list[int]) -> None:
-        """Bring rows to their last known token, running every shared token once."""
-        assert self._runner is not None or not slots
-        table, runner = self._table, self._runner
-        if runner is None:
-            return
-        if not runner.incremental:
-            table.length[slots] = table.known[slots] - 1
-            return
-        groups: dict[bytes, list[int]] = {}
-        for slot in sorted(slots, key=lambda s: -int(table.length[s])):
-            groups.setdefault(table.ids[slot, : table.known[slot]].tobytes(), []).append(slot)
-        leaders = [group[0] for group in groups.values()]
-        self._copy_from_donors(leaders)
-        self._run_common_prefixes(leaders)
-        decoding = len(self._jobs) - len(slots)
-        singles = [group[0] for group in groups.values() if len(group) == 1]
-        crowded = decoding >= FEED_CROWD * len(singles)
-        self._prefill(
-            [
-                group[0]
-                for group in groups.values()
-                if len(group) > 1 or not crowded or self._missing(group[0]) > FEED_LIMIT
-            ]
-        )
-        for group in groups.values():
-            behind = [slot for slot in group[1:] if self._missing(slot) > 0]
-            self._copy(group[0], behind, int(table.length[group[0]]))
-            if len(group) > 1:
-                table.relate(group, int(table.length[group].min()))
-
-    def _missing(self, slot: int) -> int:
-        """Tokens to run before the last known one, which the next step runs."""
-        return int(self._table.known[slot] - 1 - self._table.length[slot])
-
-    def _copy_from_donors(self, leaders: list[int]) -> None:
-        table = self._table
-        for slot in leaders:
-            if self._missing(slot) < MIN_COPY:
-                continue
-            donor, shared = table.best_donor(table.ids[slot, : table.known[slot] - 1])
-            if shared >= table.length[slot] + MIN_COPY:
-                self._copy(donor, [slot], shared)
-
-    def _run_common_prefixes(self, leaders: list[int]) -> None:
-        """Prompts that begin alike (a system prompt, tool schemas): their prefix is run once."""
-        table = self._table
-        families: dict[bytes, list[int]] = {}
-        for slot in leaders:
-            if table.length[slot] == 0 and table.known[slot] > MIN_COPY:
-                families.setdefault(table.ids[slot, :MIN_COPY].tobytes(), []).append(slot)
-        for family in families.values():
-            shortest = int(table.known[family].min()) - 1
-            rows = table.ids[family, :shortest]
-            differs = (rows != rows[0]).any(0)
-            shared = int(differs.argmax()) if differs.any() else shortest
-            if (len(family) - 1) * shared >= MIN_SAVED:
-                self._prefill(family[:1], np.array([shared]))
-                self._copy(family[0], family[1:], shared)
-                table.relate(family, shared)
-
-    def _prefill(self, slots: list[int], end: np.ndarray | None = None) -> None:
-        table = self._table
-        stop = table.known[slots] - 1 if end is None else end
-        todo = table.length[slots] < stop
-        if not todo.any():
-            return
-        assert self._runner is not None
-        rows = np.asarray(slots)[todo]
-        self._runner.prefill(table.ids, rows.tolist(), table.length[rows], stop[todo])
-        self.prefilled_tokens += int((stop[todo] - table.length[rows]).sum())
-        table.length[rows] = stop[todo]
-
-    def _copy(self, source: int, targets: list[int], width: int) -> None:
-        if targets:
-            assert self._runner is not None
-            self._runner.copy([source] * len(targets), targets, width)
-            self._table.length[targets] = width
 
     def _compact(self) -> None:
         """Move active rows down: a step pays for every row up to the highest active one."""
@@ -290,19 +252,22 @@ class Scheduler:
 
     def _step(self) -> list[Outcome]:
         table = self._table
-        rows = table.extent
+        rows = _up(table.extent, ROW_BLOCK) if self.exact else table.extent
         active, lengths = table.active[:rows], table.length[:rows]
         width = int(lengths[active].max()) + 1
         self._reserve(rows, width + 2)
         assert self._runner is not None
-        self._families = find_families(
-            table.family[:rows],
-            table.shared[:rows],
-            active,
-            width,
-            self._device,
-            before=self._families,
-        )
+        if self.exact:
+            width = _up(width, COLUMN_BLOCK)
+        else:
+            self._families = find_families(
+                table.family[:rows],
+                table.shared[:rows],
+                active,
+                width,
+                self._device,
+                before=self._families,
+            )
         logits = self._runner.step(table.ids, lengths, width, self._families)
         lengths += active
         table.steps += 1
@@ -313,7 +278,7 @@ class Scheduler:
         column = table.known[sampled]
         table.ids[sampled, column] = tokens
         table.logprobs[sampled, column] = logprobs
-        table.versions[sampled, column] = self._version
+        table.versions[sampled, column] = self.version
         table.known[sampled] += 1
         table.drawn[sampled] += 1
         full = table.known[sampled] >= table.end[sampled]
@@ -377,3 +342,7 @@ class Scheduler:
         del self._jobs[job.slot]
         self._table.deactivate(job.slot)
         job.slot = None
+
+
+def _up(count: int, block: int) -> int:
+    return -(-count // block) * block

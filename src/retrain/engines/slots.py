@@ -55,6 +55,7 @@ class SlotTable:
         self.drawn = np.zeros(max_slots, dtype=np.int64)
         self.family = np.zeros(max_slots, dtype=np.int64)
         self.shared = np.zeros(max_slots, dtype=np.int64)
+        self.settled = np.zeros(max_slots, dtype=np.int64)
         self._families = 0
         self.owners: list[Owner | None] = [None] * max_slots
         self.by_session: dict[str, int] = {}
@@ -147,12 +148,13 @@ class SlotTable:
         differs = np.flatnonzero(self.ids[slot, :count] != prompt[:count])
         return int(differs[0]) if len(differs) else count
 
-    def best_donor(self, prompt: np.ndarray) -> tuple[int, int]:
-        """The slot that has run the longest prefix of `prompt`, and its length."""
+    def best_donor(self, prompt: np.ndarray, run: np.ndarray) -> tuple[int, int]:
+        """The slot that has the longest prefix of `prompt` in its first `run` [slots] columns, and
+        its length."""
         count = min(len(prompt), self.shape[1])
         differs = self.ids[:, :count] != prompt[:count]
         shared = np.where(differs.any(1), differs.argmax(1), count)
-        shared = np.minimum(shared, self.length[: len(shared)])
+        shared = np.minimum(shared, run[: len(shared)])
         donor = int(shared.argmax())
         return donor, int(shared[donor])
 
@@ -164,7 +166,7 @@ class SlotTable:
 
     def forget(self) -> None:
         """The weights changed: nothing that was run counts any more."""
-        self.length[:] = 0
+        self.length[:] = self.settled[:] = 0
         for slot in range(self.max_slots):
             if not self.active[slot]:
                 self.release(slot)
@@ -186,7 +188,7 @@ class SlotTable:
         source, target = first + second, second + first
         state = (self.ids, self.logprobs, self.versions, self.length, self.known, self.end)
         sampling = (self.temperature, self.truncated, self.rule, self.uniforms, self.drawn)
-        for column in (*state, self.active, *sampling, self.family, self.shared):
+        for column in (*state, self.active, *sampling, self.family, self.shared, self.settled):
             column[target] = column[source]
         for a, b in zip(first, second, strict=True):
             self.owners[a], self.owners[b] = self.owners[b], self.owners[a]
