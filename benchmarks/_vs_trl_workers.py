@@ -195,8 +195,6 @@ def run_retrain(job: Job) -> Result:
                 "max_new_tokens": MAX_COMPLETION,
                 "learning_rate": job.learning_rate,
                 "betas": [0.9, 0.999],
-                "clip_low": 0.2,
-                "clip_high": 0.28,
                 "aggregation": "token_mean",
             },
         },

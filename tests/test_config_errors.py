@@ -34,6 +34,7 @@ def refusal(path: str, value: object) -> str:
 
 SMOLAGENT = {"type": "smolagent"}
 EVALUATION = {"prompt_source": {"type": "list", "prompts": ["a"]}}
+SFT = {"dataset": "a.jsonl"}
 SCRATCH = {"tokenizer": {"corpus": "a:b"}}
 
 
@@ -135,6 +136,25 @@ def test_discriminated_unions(path: str, value: object, expected: str) -> None:
         ("evaluation", {**EVALUATION, "exclude": ["a"]}, "evaluation: exclude needs group_by"),
         ("evaluation", {}, "evaluation.prompt_source is missing"),
         ("sft", {"dataset": "a.jsonl", "params": {"n": 1}}, "sft: params needs dataset to be an "),
+        ("sft", {**SFT, "epochs": 2, "steps": 5}, "sft: epochs 2 does nothing with steps 5, which"),
+        ("sft", {**SFT, "warmup_steps": 5, "steps": 5}, "sft: warmup_steps is 5, but there are 5"),
+        ("sft", {**SFT, "min_lr_ratio": 0}, "sft: min_lr_ratio 0 does nothing with schedule: con"),
+        ("checkpoint.keep_last", 5, "checkpoint: keep_last 5 does nothing without every_steps"),
+        ("checkpoint.merge_lora", True, "checkpoint.merge_lora does nothing without model.peft"),
+        ("environment", {**SMOLAGENT, "describe_tools": True}, "environment: describe_tools: "
+         "nothing to act on, since the environment has no tools"),
+        ("environment", {**SMOLAGENT, "tool_timeout_s": 3, "max_steps": 2}, "max_steps and "
+         "tool_timeout_s: nothing to act on"),
+        ("environment", {**SMOLAGENT, "tool_format": {"type": "fenced"}}, "tool_format: nothing "),
+        ("reward_setup.verifier_penalty", -1, "reward_setup: verifier_penalty -1 does nothing "
+         "without verifiers"),
+        ("reward_setup.rollout_reward_configs.exact_match.verifier_penalty", -1,
+         "exact_match: verifier_penalty -1 does nothing without verifiers"),
+        ("reward_setup.error_penalty", -1, "reward_setup: error_penalty -1 does nothing with "
+         "on_error: stop; set on_error: penalty"),
+        ("model", {"name_or_path": "m", "loader": "unsloth", "attn_implementation": "sdpa"},
+         "attn_implementation does nothing with loader: unsloth"),
+        ("model", {"from_scratch": SCRATCH, "torch_dtype": "auto"}, "torch_dtype: auto needs na"),
         ("environment", {"type": "dialogue", "user": {"type": "scripted"}},
          "environment.user: set exactly one of replies and replies_column"),
         ("environment", {**SMOLAGENT, "tool_format": {"type": "tags", "tool_start": " "}},

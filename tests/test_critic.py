@@ -142,7 +142,7 @@ def test_the_value_loss_has_the_gradient_of_the_formula(backbone: Any, train_pol
     """A shared backbone gets it beside the policy's, except in a warm-up; an own one alone."""
     model = exact(tiny_qwen3)
     settings = {"backbone": backbone, "value_clip": CLIP, "loss_coefficient": COEFFICIENT}
-    update = with_critic(model, critic=settings, micro_batch_tokens=25)
+    update = with_critic(model, critic=settings, micro_batch_tokens=25, epochs=2)
     critic = critic_of(update)
     samples = update.samples(three_groups())
     far_apart(critic, model, samples)

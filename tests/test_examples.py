@@ -125,10 +125,10 @@ def test_check_warns_when_a_poem_that_is_none_would_pay() -> None:
 
 
 def test_the_poem_runs_with_a_tiny_model(tmp_path: Path) -> None:
-    settings = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "max_new_tokens": 8}
+    settings = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "warmup_steps": 0}
     config = load_config("examples/no_s_poem/poem.yaml").model_dump(mode="json")
     config |= {"model": TINY, "output_dir": str(tmp_path), "tracking": {"plots": False}}
-    config["algorithm"]["hyperparameters"] |= settings
+    config["algorithm"]["hyperparameters"] |= settings | {"max_new_tokens": 8}
     config["evaluation"]["modes"][0]["repeats"] = 1
     result = run_sync(config)
     assert [e.stage for e in result.evaluations] == ["before", "after"]
@@ -138,8 +138,9 @@ def test_the_poem_runs_with_a_tiny_model(tmp_path: Path) -> None:
 def test_the_word_problems_run_with_a_tiny_model(tmp_path: Path) -> None:
     config = load_config("examples/word_problems/train.yaml").model_dump(mode="json")
     config |= {"model": TINY, "output_dir": str(tmp_path), "tracking": {"plots": False}}
-    config["algorithm"]["hyperparameters"] |= {"steps": 1, "prompts_per_step": 1, "group_size": 2}
-    config["sft"] |= {"steps": 2, "batch_size": 2, "params": {"n": 8}}
+    settings = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "warmup_steps": 0}
+    config["algorithm"]["hyperparameters"] |= settings
+    config["sft"] |= {"steps": 2, "batch_size": 2, "params": {"n": 8}, "warmup_steps": 0}
     config["evaluation"]["prompt_source"]["limit"] = 2
     result = run_sync(config)
     assert [(e.stage, e.n) for e in result.evaluations] == [

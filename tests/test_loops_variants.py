@@ -93,6 +93,8 @@ def test_merged_lora(base: Path, tmp_path: Path, engines: list[RecordingEngine])
         checkpoint={"merge_lora": True},
     )
     result = retrain.run_sync(config)
+    assert result.checkpoint is not None
+    assert not (result.checkpoint / "adapter_config.json").exists()
     tokenizer = AutoTokenizer.from_pretrained(result.checkpoint)
     loaded = AutoModelForCausalLM.from_pretrained(result.checkpoint)
     own = logits(engines[0].model, tokenizer)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import retrain
 from retrain.config import load_config
 from retrain.config.algorithm import AlgorithmConfig, Hyperparameters
-from retrain.config.load import dump_yaml, resolve_stages
+from retrain.config.load import resolve_stages
 from retrain.config.model import ModelConfig
 from retrain.config.presets import PRESETS
 from retrain.loops.check import check
@@ -133,8 +133,8 @@ def test_check_prints_what_a_name_amounts_to(name: str, tmp_path: Path) -> None:
 
 def test_check_prints_choices_that_no_preset_makes(tmp_path: Path) -> None:
     settings = hyperparameters(
-        dual_clip=3.0, entropy_coefficient=0.01, train_truncated=False, credit="turn",
-        kl={"refresh_steps": 5}, correction={"kind": "mis", "level": "sequence"},
+        epochs=2, dual_clip=3.0, entropy_coefficient=0.01, train_truncated=False, credit="turn",
+        steps=6, kl={"refresh_steps": 5}, correction={"kind": "mis", "level": "sequence"},
     )  # fmt: skip
     text = check(load_config(rl_config(tmp_path, algorithm={"hyperparameters": settings})))
     for line in (
@@ -191,25 +191,12 @@ def test_a_stage_that_names_a_preset_gets_its_choices(name: str) -> None:
 
 def test_a_stage_overrules_the_preset_it_names() -> None:
     (found,) = stage_settings(
-        {"name": "dapo", "hyperparameters": {"clip_high": 0.3}},
+        {"name": "dapo", "hyperparameters": {"epochs": 2, "clip_high": 0.3}},
         {"name": "reinforce_plus_plus", "hyperparameters": {"kl": {"coefficient": 0.2}}},
     )
-    expected = GRPO | DIFFERENCES["reinforce_plus_plus"] | {"clip": (0.2, 0.3)}
+    expected = GRPO | DIFFERENCES["reinforce_plus_plus"] | {"clip": (0.2, 0.3), "epochs": 2}
     expected["kl"] = {**expected["kl"], "coefficient": 0.2}
     assert choices(found) == expected
-
-
-@each_preset
-def test_what_is_written_down_is_an_equal_config(name: str, tmp_path: Path) -> None:
-    section = {"name": name, "hyperparameters": hyperparameters(entropy_coefficient=0.1)}
-    config = load_config(rl_config(tmp_path, algorithm=section))
-    (tmp_path / "config.yaml").write_text(dump_yaml(config))
-    again = load_config(tmp_path / "config.yaml")
-    assert again == config
-    assert [stage for *_, stage in resolve_stages(again)] == [
-        stage for *_, stage in resolve_stages(config)
-    ]
-    assert resolve_stages(config)[0][2].algorithm == config.algorithm
 
 
 GAE = {"advantage": "gae", "normalize_advantages": "none"}
@@ -236,6 +223,19 @@ PLUS = {"advantage": "reinforce_plus_plus", "normalize_advantages": "none"}
         ({"mini_batches": 3}, "mini_batches is 3, but a step has 2 groups to deal out"),
         ({**GAE, "critic": {"warmup_steps": 2}}, "critic.warmup_steps takes all the steps"),
         ({"kl": {"estimator": "k1"}}, "kl.estimator k1 in the loss has an expected gradient of"),
+        ({"clip_low": 0.2}, "clip_low does nothing in a step's first update, and epochs: 1 with"),
+        ({"clip_high": 0.28}, "clip_high does nothing in a step's first update"),
+        ({"loss": "gspo", "clip_high": 0.28}, "clip_high does nothing in a step's first update"),
+        ({"dual_clip": 3.0}, "dual_clip does nothing in a step's first update"),
+        ({**GAE, "critic": {"value_clip": 0.5}}, "critic.value_clip does nothing in a step's firs"),
+        ({"epochs": 2, "clip_low": 1.0}, "clip_low 1.0 does nothing for loss ppo_clip: the ratio"),
+        ({"epochs": 2, "loss": "cispo", "clip_low": 1.5}, "clip_low 1.5 does nothing for loss c"),
+        ({"kl": {"refresh_steps": 2}}, "kl.refresh_steps does nothing: the reference would first"),
+        ({"min_lr_ratio": 0.2}, "min_lr_ratio 0.2 does nothing with schedule: constant"),
+        ({"warmup_steps": 2}, "warmup_steps is 2, but there are 2 updates: nothing would be lea"),
+        ({"learning_rate": 2e37}, "learning_rate: 2e+37 is more than a 32-bit float can hold"),
+        ({**GAE, "critic": {"learning_rate": 2e37}}, "critic.learning_rate: 2e+37 is more"),
+        ({"betas": [0.9, 1.0]}, "betas.1: input should be less than 1"),
     ],
 )  # fmt: skip
 def test_choices_without_effect_are_refused(given: dict[str, Any], message: str) -> None:
@@ -252,9 +252,15 @@ def test_choices_without_effect_are_refused(given: dict[str, Any], message: str)
         {**PLUS, "group_size": 1, "gamma": 0.9},
         {**GAE, "group_size": 1, "critic": {}},
         {"credit": "turn", "normalize_advantages": "batch"},
-        {"loss": "gmpo", "clip_low": 0.1},
+        {"loss": "gmpo", "clip_low": 1.5, "epochs": 2},
         {"aggregation": "constant", "aggregation_length": 8},
         {"kl": {"estimator": "k1", "place": "reward"}, "normalize_advantages": "batch"},
+        {"mini_batches": 2, "clip_high": 0.28, "dual_clip": 3.0},
+        {**GAE, "epochs": 2, "critic": {"value_clip": 0.5}},
+        {**GAE, "critic": {"value_clip": None}},
+        {"kl": {"refresh_steps": 99}, "warmup_steps": 99},
+        {"steps": 1, "epochs": 2, "warmup_steps": 1},
+        {"schedule": "linear", "min_lr_ratio": 0.2, "learning_rate": 1e37},
     ],
 )
 def test_choices_with_effect_are_taken(given: dict[str, Any]) -> None:
@@ -280,7 +286,7 @@ def test_the_loss_is_the_one_chosen_within_its_bounds(
     given: dict[str, Any], advantage: float, expected: float
 ) -> None:
     """Of one token, of log-probability -3, that is twice as likely as it was."""
-    loss = build_objective(Hyperparameters(**given)).loss
+    loss = build_objective(Hyperparameters(**given, epochs=2)).loss
     now = torch.tensor([[-3.0]], dtype=torch.float64)
     mask, sequences = torch.tensor([[True]]), torch.tensor([0])
     found, _ = loss(now, now - math.log(2), torch.full_like(now, advantage), mask, sequences)

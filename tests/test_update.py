@@ -65,8 +65,10 @@ def by_hand(groups: Sequence[Sequence[Rollout]]) -> list[Sample]:
 
 def updating(model: Any, *, seed: int = 0, **settings: Any) -> PolicyUpdate:
     """One update of the whole batch with plain GRPO, where the settings say nothing else."""
-    plain = {"temperature": TEMPERATURE, "clip_low": 0.2, "clip_high": 0.28}
-    chosen = Hyperparameters(**{**plain, "max_grad_norm": None, **settings})
+    plain: dict[str, Any] = {"temperature": TEMPERATURE, "max_grad_norm": None}
+    if settings.get("epochs", 1) * settings.get("mini_batches", 1) > 1:
+        plain |= {"clip_low": 0.2, "clip_high": 0.28}
+    chosen = Hyperparameters(**{**plain, **settings})
     return build_update(chosen, Policy(model, None), seed=seed)
 
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    ModelWrapValidatorHandler,
+    field_validator,
+    model_validator,
+)
 
 from retrain.config.base import Section
-from retrain.config.presets import PRESETS
+from retrain.config.presets import PRESETS, fitting, overlaid
 
 CLIPPED_LOSSES = {
     "ppo_clip": (0.2, 0.2),
@@ -18,25 +24,38 @@ CLIPPED_LOSSES = {
 }
 """Losses that have clip bounds, and what (clip_low, clip_high) are where the config is silent."""
 
+BOUNDED_BELOW = ("ppo_clip", "gspo", "cispo")
+"""Losses that hold the ratio above 1 - clip_low; that of `gmpo` is held above exp(-clip_low)."""
+
 TOKEN_ADVANTAGES = ("gae", "reinforce_plus_plus")
 """Estimators that give every token its own advantage, from discounted later rewards."""
+
+
+def _fits_a_float(rate: float) -> float:
+    if rate <= 1e37:
+        return rate
+    raise ValueError(f"{rate:g} is more than a 32-bit float can hold; 1e-5 is usual")
+
+
+LearningRate = Annotated[float, AfterValidator(_fits_a_float)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Optimization(Section):
     """What every training stage has: optimizer, schedule, clipping, micro-batches."""
 
-    learning_rate: float = Field(1e-5, gt=0)
+    learning_rate: LearningRate = Field(1e-5, gt=0)
     """The highest one, after warm-up."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """`muon`: Muon on the matrices inside the layers, AdamW on the rest."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     """Of AdamW."""
     weight_decay: float = Field(0.0, ge=0)
     """Decoupled."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate, after warm-up."""
     warmup_steps: int = Field(0, ge=0)
-    """Updates over which the learning rate rises from 0."""
+    """Updates over which the learning rate rises from 0; fewer than there are."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Where linear and cosine schedules end, as a share of the learning rate."""
     max_grad_norm: float | None = Field(1.0, gt=0)
@@ -46,6 +65,23 @@ class Optimization(Section):
     share_prefixes: bool = True
     """Compute what sequences share from the start (a group's prompt, a system prompt) once; exact.
     Off, or where the architecture does not allow it, sequences are padded and count as such."""
+
+    @model_validator(mode="after")
+    def _schedule_ends(self) -> Self:
+        if self.schedule == "constant" and self.changed("min_lr_ratio"):
+            raise ValueError(
+                f"min_lr_ratio {self.min_lr_ratio:g} does nothing with schedule: constant, which "
+                "never falls; remove it, or use schedule: linear or cosine"
+            )
+        return self
+
+    def _refuse_long_warmup(self, updates: int) -> None:
+        if self.warmup_steps >= updates:
+            raise ValueError(
+                f"warmup_steps is {self.warmup_steps}, but there are {updates} updates: nothing "
+                "would be learned at the learning_rate given, and schedule would do nothing; "
+                "lower warmup_steps, or raise steps"
+            )
 
 
 class KLConfig(Section):
@@ -97,12 +133,13 @@ class CriticConfig(Section):
     backbone: Literal["own", "shared"] = "own"
     """`own`: a copy of the policy of its own. `shared`: the head sits on the policy's hidden
     states, and the value loss trains those too."""
-    learning_rate: float | None = Field(None, gt=0)
+    learning_rate: LearningRate | None = Field(None, gt=0)
     """Of the critic, or of the head on a shared backbone; by default the policy's."""
     gae_lambda: float = Field(1.0, ge=0, le=1)
     """Of generalised advantage estimation: 1 trusts returns, 0 trusts values."""
     value_clip: float | None = Field(0.2, gt=0)
-    """New values count up to this far from the old ones; null does not clip."""
+    """New values count up to this far from the old ones; null does not clip. Acts where a step has
+    several updates."""
     loss_coefficient: float = Field(0.5, gt=0)
     """Weight of the value loss."""
     warmup_steps: int = Field(0, ge=0)
@@ -145,7 +182,8 @@ class Hyperparameters(Optimization):
     loss: Literal["ppo_clip", "gspo", "cispo", "gmpo", "sapo", "reinforce"] = "ppo_clip"
     """Of the policy."""
     clip_low: float | None = Field(None, gt=0)
-    """How far the probability ratio counts below 1; by default as the loss's paper has it."""
+    """How far the probability ratio counts below 1; by default as the loss's paper has it. The
+    ratio is 1 until a step's second update, so bounds need epochs x mini_batches above 1."""
     clip_high: float | None = Field(None, gt=0)
     """How far it counts above 1."""
     dual_clip: float | None = Field(None, gt=1)
@@ -188,10 +226,16 @@ class Hyperparameters(Optimization):
 
     @model_validator(mode="after")
     def _every_choice_acts(self) -> Hyperparameters:
-        for refused, reason in (*self._unfit_for_the_advantage(), *self._unfit_for_the_update()):
-            if refused:
-                raise ValueError(reason)
+        unfit = self._unfit_for_the_advantage() + self._unfit_for_the_update()
+        for reason in (r for refused, r in unfit + self._unfit_for_one_update() if refused):
+            raise ValueError(reason)
+        self._refuse_long_warmup(self.steps * self.updates)
         return self
+
+    @property
+    def updates(self) -> int:
+        """In a step."""
+        return self.epochs * self.mini_batches
 
     def _unfit_for_the_advantage(self) -> list[tuple[bool, str]]:
         by_token = self.advantage in TOKEN_ADVANTAGES
@@ -260,7 +304,28 @@ class Hyperparameters(Optimization):
                 self.aggregation_length is not None and self.aggregation != "constant",
                 f"aggregation_length does nothing for {self.aggregation}: it is for constant",
             ),
+            (
+                (self.clip_low or 0) >= 1 and self.loss in BOUNDED_BELOW,
+                f"clip_low {self.clip_low} does nothing for loss {self.loss}: the ratio is above "
+                f"0, so a bound at 1 - clip_low never acts; give less than 1",
+            ),
+            (
+                self.kl is not None and (self.kl.refresh_steps or 0) >= self.steps,
+                f"kl.refresh_steps does nothing: the reference would first be renewed after the "
+                f"last of {self.steps} steps; lower it, or remove it",
+            ),
         ]
+
+    def _unfit_for_one_update(self) -> list[tuple[bool, str]]:
+        """What holds a step's later updates back, where it has one only."""
+        keys = self.changed("clip_low", "clip_high", "dual_clip")
+        if self.critic is not None and self.critic.value_clip is not None:
+            keys += [f"critic.{key}" for key in self.critic.changed("value_clip")]
+        reason = (
+            "does nothing in a step's first update, and epochs: 1 with mini_batches: 1 makes no "
+            "other; raise one of them, or remove it (null where a section above sets it)"
+        )
+        return [(self.updates == 1, f"{key} {reason}") for key in keys]
 
     @property
     def clip(self) -> tuple[float | None, float | None]:
@@ -282,16 +347,20 @@ class AlgorithmConfig(Section):
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     """Of the algorithm, and of its optimizer."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _fill_in_the_preset(cls, data: Any) -> Any:
+    def _fill_in_the_preset(cls, data: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        """What the preset fills in does not count as set."""
         if not isinstance(data, dict):
-            return data
+            return handler(data)
         preset = PRESETS.get(str(data.get("name", "grpo")))
         given = data.get("hyperparameters", {})
         if preset is None or not isinstance(given, dict):
-            return data
-        return {**data, "hyperparameters": _overlaid(_fitting(preset, given), given)}
+            return handler(data)
+        filled = overlaid(fitting(preset, given), given)
+        section = handler({**data, "hyperparameters": filled})
+        section.hyperparameters.model_fields_set.intersection_update(given)
+        return section
 
     @field_validator("name")
     @classmethod
@@ -312,34 +381,20 @@ class AlgorithmConfig(Section):
         return backend
 
     def choices(self) -> dict[str, Any]:
-        """The section as JSON, less what its preset says already."""
-        given = self.model_dump(mode="json")
-        preset = type(self).model_validate({"name": self.name}).model_dump(mode="json")
-        given["hyperparameters"] = {
-            key: value
-            for key, value in given["hyperparameters"].items()
-            if value != preset["hyperparameters"][key]
+        """The section as JSON: what was given, and what differs from what its preset says.
+
+        Where every key is set, as in a config that was written down whole, what was given is no
+        longer known, and only the difference counts.
+        """
+        choices = self.model_dump(mode="json")
+        values = choices["hyperparameters"]
+        said = type(self).model_validate({"name": self.name}).model_dump(mode="json")
+        preset, fields = PRESETS[self.name], Hyperparameters.model_fields
+        unfit = preset.keys() - fitting(preset, values).keys()
+        said = said["hyperparameters"] | {key: fields[key].default for key in unfit}
+        given = self.hyperparameters.model_fields_set
+        known = given if len(given) < len(fields) else set()
+        choices["hyperparameters"] = {
+            key: value for key, value in values.items() if key in known or value != said[key]
         }
-        return given
-
-
-def _fitting(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What is left of a preset where the file takes another loss or advantage than it."""
-    left = dict(preset)
-    if given.get("loss", preset.get("loss", "ppo_clip")) != preset.get("loss", "ppo_clip"):
-        for key in ("clip_low", "clip_high", "dual_clip"):
-            left.pop(key, None)
-    if given.get("advantage", preset.get("advantage", "grpo")) != preset.get("advantage", "grpo"):
-        for key in ("critic", "dynamic_sampling_rounds"):
-            left.pop(key, None)
-    return left
-
-
-def _overlaid(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Given keys over the preset's, also within the small sections that both set."""
-    both = {
-        key: {**preset[key], **value}
-        for key, value in given.items()
-        if isinstance(value, dict) and isinstance(preset.get(key), dict)
-    }
-    return {**preset, **given, **both}
+        return choices

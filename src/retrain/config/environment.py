@@ -85,6 +85,16 @@ class ToolEnvironmentConfig(Section):
     """Open with a system message about the tools and how to call them (tags and fenced)."""
 
     @model_validator(mode="after")
+    def _tools_to_act_on(self) -> ToolEnvironmentConfig:
+        keys = [key for key in type(self).model_fields if key not in ("type", "tools")]
+        if not self.tools and (idle := self.changed(*keys)):
+            raise ValueError(
+                f"{' and '.join(idle)}: nothing to act on, since the environment has no tools; "
+                "list some under tools, or use type: qa"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _native_describes(self) -> ToolEnvironmentConfig:
         if self.describe_tools and self.tool_format.type == "native":
             raise ValueError(

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import difflib
 import itertools
-import re
-import reprlib
+import math
 import tomllib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from datetime import date, time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from retrain.config.base import Section
+from retrain.config.explain import explain, short
+from retrain.config.idle import idle_keys
+from retrain.config.presets import DECIDING
 from retrain.config.root import StageConfig, StageKind, TrainingConfig
 from retrain.types import UserError
 
-_SCALAR = re.compile(r"(str|int|float|bool|(list|dict|literal)\[.*)$")
-"""What pydantic calls the members of a union that are no sections."""
-
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 60
+_LONGEST_INT_BITS = 4096
 
 
 def load_config(
@@ -34,14 +31,15 @@ def load_config(
 ) -> TrainingConfig:
     """Read, override and check a config, its stages (or those of the kind `only`) included.
 
-    `overrides` are `dotted.key=value` strings whose values are YAML; list items go by index.
+    `overrides` are `dotted.key=value` strings whose values are YAML; list items go by index. Dates
+    and times become text.
 
     Raises:
         UserError: the file cannot be read, an override does not fit, or keys are wrong.
     """
     raw: Mapping[str, Any]
     if isinstance(source, TrainingConfig):
-        raw, where = source.model_dump(mode="json"), "config"
+        raw, where = _written(source), "config"
     elif isinstance(source, Mapping):
         raw, where = source, "config"
     else:
@@ -53,7 +51,9 @@ def load_config(
     for override in overrides:
         _apply_override(data, override)
     config = _validate(data, where)
-    resolve_stages(config, where, only=only)
+    stages = resolve_stages(config, where, only=only)
+    for cause, next_step in idle_keys(config, stages) if only is None else ():
+        raise UserError(f"{where}: {cause}", next_step)
     return config
 
 
@@ -122,17 +122,43 @@ def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]
 
 
 def dump_yaml(config: TrainingConfig) -> str:
-    """Every key with its value, nulls too: loading the text gives an equal config."""
+    """Every key with its value, nulls too: loading the text gives an equal config, and equal
+    stages. Where a stage changes what a preset fills in, `algorithm` keeps to what was given."""
     from io import StringIO
 
     from ruamel.yaml import YAML
+    from ruamel.yaml.representer import SafeRepresenter
 
+    class Representer(SafeRepresenter):
+        """With text that YAML would fold or strip, such as U+0085, in escapes."""
+
+        def represent_str(self, text: str) -> Any:
+            style = None if text.replace("\n", "").isprintable() else '"'
+            return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    Representer.add_representer(str, Representer.represent_str)
     stream = StringIO()
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = Representer
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]
-    yaml.dump(config.model_dump(mode="json"), stream)
+    yaml.dump(_written(config), stream)
     return stream.getvalue()
+
+
+def _written(config: TrainingConfig) -> dict[str, Any]:
+    written = config.model_dump(mode="json")
+    if any(_fits_anew(stage.algorithm) for stage in config.stages or ()):
+        written["algorithm"] = config.algorithm.choices()
+    return written
+
+
+def _fits_anew(overlay: Mapping[str, Any]) -> bool:
+    """Whether what a preset fills in depends on the overlay, and so on what was given."""
+    changed = overlay.get("hyperparameters")
+    return "name" in overlay or (
+        isinstance(changed, Mapping) and not DECIDING.keys().isdisjoint(changed)
+    )
 
 
 def _require_sections(kind: StageKind, config: TrainingConfig, place: str) -> None:
@@ -162,13 +188,20 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    return value
+    return value.isoformat() if isinstance(value, date | time) else value
 
 
 def _parse_yaml(text: str) -> Any:
+    """
+    Raises:
+        YAMLError, ValueError, RecursionError: it is not YAML, or a value does not fit its tag.
+    """
     from ruamel.yaml import YAML
 
-    return YAML(typ="safe", pure=True).load(text)
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except (LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        raise ValueError(f"a value does not fit its tag: {error}") from error
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -228,7 +261,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             "Example: --set algorithm.hyperparameters.steps=5",
         )
     try:
-        value = _parse_yaml(text) if text else None
+        value = _plain(_parse_yaml(text)) if text else None
     except (YAMLError, ValueError, RecursionError):
         value = text
     node: Any = data
@@ -258,100 +291,34 @@ def _validate(data: Mapping[str, Any], where: str) -> TrainingConfig:
     try:
         config = TrainingConfig.model_validate(data)
     except ValidationError as error:
-        lines = [f"{where}: {line}" for line in _explain_all(error.errors())]
+        lines = [f"{where}: {line}" for line in explain(error.errors())]
         raise UserError("\n".join(lines), "See docs/config.md for every key.") from None
-    try:
-        config.model_dump(mode="json")
-    except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{where}: a value cannot be written as YAML: {error}",
-            "Use numbers, strings, booleans, lists and mappings only.",
-        ) from None
+    for path, value in _leaves(config.model_dump()):
+        if not _writable(value):
+            raise UserError(
+                f"{where}: {path}: a value cannot be written as YAML: {short.repr(value)}",
+                "Use numbers, strings, booleans, lists and mappings only.",
+            )
     return config
 
 
-def _explain_all(errors: Sequence[ErrorDetails]) -> list[str]:
-    """One line per error. Of a value that fits neither a scalar nor a section, the errors
-    inside the section say more than the scalar's: those are left out."""
-    explained = [(_place(error["loc"]), error) for error in errors]
-    paths = [place.path for place, _ in explained]
-    return list(
-        dict.fromkeys(
-            _explain(place, error)
-            for place, error in explained
-            if not (place.scalar and any(p.startswith(f"{place.path}.") for p in paths))
-        )
-    )
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """What a value holds, keys too, with dotted paths."""
+    if isinstance(value, Mapping):
+        yield from ((path, key) for key in value)
+        for key, item in value.items():
+            yield from _leaves(item, f"{path}.{key}".removeprefix("."))
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _leaves(item, f"{path}.{index}")
+    else:
+        yield path, value
 
 
-def _explain(place: _Place, error: ErrorDetails) -> str:
-    path, kind = place.path, error["type"]
-    if kind == "extra_forbidden":
-        key = str(error["loc"][-1])
-        near = difflib.get_close_matches(key, place.keys, n=1, cutoff=0.5)
-        keys = ", ".join(sorted(place.keys))
-        return f"unknown key {path}; " + (f"did you mean {near[0]!r}?" if near else f"keys: {keys}")
-    if kind == "missing":
-        return f"{path} is missing"
-    if kind == "union_tag_not_found":
-        return f"{path}.type is missing; one of: {', '.join(place.tags)}"
-    if kind == "union_tag_invalid":
-        tag = str(error["ctx"]["tag"])
-        near = difflib.get_close_matches(tag, place.tags, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(place.tags)}"
-        return f"{path}.type: there is no {tag!r}; {hint}"
-    if kind == "value_error":
-        message = error["msg"].removeprefix("Value error, ")
-        return f"{path}: {message}" if path else message
-    message = error["msg"][:1].lower() + error["msg"][1:]
-    if kind == "model_type":
-        message = "expected a mapping"
-    return f"{path}: {message}, got {_short.repr(error['input'])}"
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where in the file an error is."""
-
-    path: str
-    """Dotted, without the tags that pydantic puts in for members of a union."""
-    keys: frozenset[str]
-    """Valid beside the last part of the path."""
-    tags: tuple[str, ...]
-    """Values of `type` that the sections at the path have."""
-    scalar: bool
-    """The error is that of a union's member that is no section."""
-
-
-def _place(loc: tuple[int | str, ...]) -> _Place:
-    """Follow pydantic's location through the sections that it may lie in."""
-    around: list[type[Section]] = []
-    at: list[type[Section]] = [TrainingConfig]
-    path: list[str] = []
-    scalar = False
-    for part in loc:
-        fields = [m.model_fields[part] for m in at if part in m.model_fields]
-        chosen = [] if fields else [m for m in at if part == m.__name__ or part in _tags(m)]
-        if chosen:
-            at = chosen
-        elif path and isinstance(part, str) and _SCALAR.match(part) and not fields:
-            scalar = True
-        else:
-            path.append(str(part))
-            around = at
-            if fields:
-                at = [section for f in fields for section in _sections(f.annotation)]
-    keys = frozenset(key for model in around for key in model.model_fields)
-    tags = tuple(str(tag) for model in at for tag in _tags(model))
-    return _Place(".".join(path), keys, tags, scalar)
-
-
-def _tags(model: type[Section]) -> tuple[Any, ...]:
-    field = model.model_fields.get("type")
-    return () if field is None else get_args(field.annotation)
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [s for arg in get_args(annotation) for s in _sections(arg)]
+def _writable(value: Any) -> bool:
+    """Whether a file gives a scalar back as it was."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode() == value
+    if isinstance(value, int):
+        return value.bit_length() <= _LONGEST_INT_BITS
+    return value is None or (isinstance(value, float) and not math.isnan(value))

@@ -72,6 +72,11 @@ class ModelConfig(Section):
     def _one_origin(self) -> ModelConfig:
         if (self.name_or_path is None) == (self.from_scratch is None):
             raise ValueError("set exactly one of name_or_path and from_scratch")
+        if self.loader == "unsloth" and self.attn_implementation is not None:
+            raise ValueError(
+                "attn_implementation does nothing with loader: unsloth, which brings its own; "
+                "remove it"
+            )
         if self.from_scratch is not None:
             for key in ("revision", "attn_implementation"):
                 if getattr(self, key) is not None:
@@ -80,4 +85,9 @@ class ModelConfig(Section):
                 raise ValueError("trust_remote_code needs name_or_path")
             if self.loader != "huggingface":
                 raise ValueError("loader: unsloth needs name_or_path")
+            if self.torch_dtype == "auto":
+                raise ValueError(
+                    "torch_dtype: auto needs name_or_path: there is no checkpoint whose type it "
+                    "could take; use float32 or bfloat16"
+                )
         return self

@@ -45,3 +45,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 arXiv:2503.14476. `gspo`: Zheng et al. 2025, arXiv:2507.18071. `cispo`: MiniMax 2025,
 arXiv:2506.13585. `rloo`: Ahmadian et al. 2024, arXiv:2402.14740. `reinforce_plus_plus`: Hu et al.
 2025, arXiv:2501.03262. `ppo`: Schulman et al. 2017, arXiv:1707.06347."""
+
+DECIDING = {"loss": "ppo_clip", "advantage": "grpo", "epochs": 1, "mini_batches": 1}
+"""The defaults of what decides which of a preset's choices can act."""
+
+
+def fitting(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a preset where the file takes another loss or advantage than it, or makes
+    one update a step."""
+    left = dict(preset)
+    new = DECIDING | preset | given
+    old = DECIDING | preset
+    if new["loss"] != old["loss"] or (new["epochs"] == 1 and new["mini_batches"] == 1):
+        for key in ("clip_low", "clip_high", "dual_clip"):
+            left.pop(key, None)
+    if new["advantage"] != old["advantage"]:
+        for key in ("critic", "dynamic_sampling_rounds"):
+            left.pop(key, None)
+    return left
+
+
+def overlaid(preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Given keys over the preset's, also within the small sections that both set."""
+    both = {
+        key: {**preset[key], **value}
+        for key, value in given.items()
+        if isinstance(value, dict) and isinstance(preset.get(key), dict)
+    }
+    return {**preset, **given, **both}

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from retrain.config.base import Section
 
@@ -21,6 +21,11 @@ class RewardConfig(Section):
     paths."""
     verifier_penalty: float = 0.0
     """What the component becomes, unweighted, when one of its verifiers fails."""
+
+    @model_validator(mode="after")
+    def _penalty_has_a_verifier(self) -> Self:
+        _refuse_penalty(self.verifiers, self.verifier_penalty)
+        return self
 
 
 class RolloutRewardConfig(RewardConfig):
@@ -45,3 +50,21 @@ class RewardSetup(Section):
     """What a reward or verifier that raises or returns NaN does."""
     error_penalty: float = 0.0
     """The component's value under `on_error: penalty`."""
+
+    @model_validator(mode="after")
+    def _penalties_act(self) -> Self:
+        _refuse_penalty(self.verifiers, self.verifier_penalty)
+        if self.on_error != "penalty" and self.changed("error_penalty"):
+            raise ValueError(
+                f"error_penalty {self.error_penalty:g} does nothing with on_error: "
+                f"{self.on_error}; set on_error: penalty, or remove error_penalty"
+            )
+        return self
+
+
+def _refuse_penalty(verifiers: list[str], penalty: float) -> None:
+    if penalty != 0 and not verifiers:
+        raise ValueError(
+            f"verifier_penalty {penalty:g} does nothing without verifiers beside it; "
+            "list some, or remove it"
+        )

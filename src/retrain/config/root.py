@@ -7,13 +7,14 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from retrain.config.algorithm import AlgorithmConfig
+from retrain.config.algorithm import TOKEN_ADVANTAGES, AlgorithmConfig
 from retrain.config.base import Section
 from retrain.config.data import PromptSourceConfig
 from retrain.config.environment import EnvironmentConfig, QAConfig
 from retrain.config.model import ModelConfig
 from retrain.config.monitors import MonitorsConfig
 from retrain.config.rewards import RewardSetup
+from retrain.config.rollout import RolloutConfig
 from retrain.config.stages import (
     CheckpointConfig,
     EngineConfig,
@@ -24,6 +25,22 @@ from retrain.config.stages import (
 )
 
 StageKind = Literal["sft", "rl", "eval"]
+
+READ_BY: dict[StageKind, tuple[str, ...]] = {
+    "sft": ("environment", "checkpoint", "sft"),
+    "rl": (
+        "algorithm",
+        "environment",
+        "prompt_source",
+        "reward_setup",
+        "rollout",
+        "checkpoint",
+        "monitors",
+        "evaluation",
+    ),
+    "eval": ("algorithm", "environment", "reward_setup", "rollout", "evaluation"),
+}
+"""The sections that a stage of each kind may overlay, since it reads them."""
 
 
 class StageConfig(Section):
@@ -42,6 +59,8 @@ class StageConfig(Section):
     prompt_source: dict[str, Any] = Field(default_factory=dict)
     """As for algorithm."""
     reward_setup: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
+    rollout: dict[str, Any] = Field(default_factory=dict)
     """As for algorithm."""
     checkpoint: dict[str, Any] = Field(default_factory=dict)
     """As for algorithm."""
@@ -63,6 +82,16 @@ class StageConfig(Section):
     def _one_model(self) -> StageConfig:
         if self.model:
             raise ValueError("a stage trains the model of the stage before it; model stands above")
+        return self
+
+    @model_validator(mode="after")
+    def _overlays_act(self) -> StageConfig:
+        idle = [name for name in self.overlays() if name not in (*READ_BY[self.kind], "model")]
+        if idle:
+            raise ValueError(
+                f"{' and '.join(idle)}: nothing of it acts in a stage of kind {self.kind}, which "
+                f"reads {', '.join(READ_BY[self.kind])}; move it to the stage that it is for"
+            )
         return self
 
     def overlays(self) -> dict[str, dict[str, Any]]:
@@ -88,6 +117,8 @@ class TrainingConfig(Section):
     """Where tasks come from; RL needs it."""
     reward_setup: RewardSetup = Field(default_factory=RewardSetup)
     """What a rollout is worth."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """How long rollouts may take, and what happens to those that infrastructure loses."""
     engine: EngineConfig = Field(default_factory=EngineConfig)
     """What samples."""
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
@@ -112,6 +143,31 @@ class TrainingConfig(Section):
         if isinstance(data, dict) and "distillation" in data:
             raise ValueError("section distillation is not built; remove it")
         return data
+
+    @model_validator(mode="after")
+    def _lora_to_merge(self) -> TrainingConfig:
+        if self.checkpoint.merge_lora and self.model.peft is None:
+            raise ValueError(
+                "checkpoint.merge_lora does nothing without model.peft: there is no adapter; "
+                "remove merge_lora, or add model.peft"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_survive(self) -> TrainingConfig:
+        least, settings = self.rollout.min_group_size, self.algorithm.hyperparameters
+        if least is not None and least > settings.group_size:
+            raise ValueError(
+                f"rollout.min_group_size {least} is more than group_size {settings.group_size}: "
+                "no group would ever teach; lower it"
+            )
+        compared = settings.advantage not in TOKEN_ADVANTAGES
+        if least == 1 and compared and settings.kl is None and settings.entropy_coefficient == 0:
+            raise ValueError(
+                f"rollout.min_group_size 1 does nothing for {settings.advantage}: the one rollout "
+                "left of a group has nothing to be compared with; use at least 2, or remove it"
+            )
+        return self
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> TrainingConfig:

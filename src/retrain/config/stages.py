@@ -20,6 +20,11 @@ class EngineConfig(Section):
     """CPU threads for decoding; by default torch's own number. One is best for tiny models."""
     context_limit: int | None = Field(None, ge=2)
     """Most tokens of a sequence; by default what the model's config says."""
+    deterministic: bool | None = None
+    """What a request gets depends on its own tokens and seed alone, to the bit, whatever its
+    company and however long tools take: what exact resuming needs. True refuses to run where that
+    cannot be had: it takes a CPU, and a model for which it proves true when the engine starts.
+    False is faster where rollouts share long prompts. Null takes it where it can be had."""
 
     @field_validator("type")
     @classmethod
@@ -57,13 +62,41 @@ class SandboxConfig(Section):
     """Of the server, for `http`."""
 
 
+class KeepBestConfig(Section):
+    """Checkpoints that are kept because a metric was best when they were saved."""
+
+    metric: str
+    """A name in metrics.jsonl, such as `reward/mean` or, with evaluation.every_steps,
+    `eval/greedy/success`: its latest value counts."""
+    mode: Literal["max", "min"] = "max"
+    """Whether a higher or a lower value is better."""
+    count: int = Field(1, ge=1)
+    """How many are kept."""
+
+
 class CheckpointConfig(Section):
     every_steps: int | None = Field(None, ge=1)
-    """Save during a stage; None saves at the end of each training stage only."""
+    """Save during a stage; None saves at the end of each training stage only, and when the run is
+    stopped by Ctrl-C, SIGTERM or an error."""
     keep_last: int = Field(2, ge=1)
     """How many of those a stage keeps; the one at its end is always kept."""
+    keep_best: KeepBestConfig | None = None
+    """Of those saved during a stage, also keep the best."""
     merge_lora: bool = False
     """Save merged weights instead of the adapter."""
+
+    @model_validator(mode="after")
+    def _something_to_keep(self) -> CheckpointConfig:
+        if self.every_steps is None and self.changed("keep_last"):
+            raise ValueError(
+                f"keep_last {self.keep_last} does nothing without every_steps: only the checkpoint "
+                "at a stage's end is saved, and kept; set every_steps, or remove keep_last"
+            )
+        if self.every_steps is None and self.keep_best is not None:
+            raise ValueError(
+                "keep_best does nothing without every_steps: there is nothing to choose from"
+            )
+        return self
 
 
 class TrackingConfig(Section):
@@ -153,4 +186,16 @@ class SFTConfig(Optimization):
     def _params_have_a_function(self) -> SFTConfig:
         if self.params and ":" not in self.dataset:
             raise ValueError("params needs dataset to be an import path, pkg.module:name")
+        return self
+
+    @model_validator(mode="after")
+    def _one_length(self) -> SFTConfig:
+        if self.steps is None:
+            return self
+        if self.changed("epochs"):
+            raise ValueError(
+                f"epochs {self.epochs} does nothing with steps {self.steps}, which ends the stage; "
+                "remove one of them (steps: null where a section above sets it)"
+            )
+        self._refuse_long_warmup(self.steps)
         return self

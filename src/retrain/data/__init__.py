@@ -1,12 +1,15 @@
 """Tasks and traces: from files, datasets and functions."""
 
+from retrain.data.cursor import Cursor
 from retrain.data.messages import messages_from_dicts, messages_to_dicts
 from retrain.data.sources import TaskSource, load_tasks
-from retrain.data.traces import Trace, load_traces
+from retrain.data.traces import Trace, TraceSource, load_traces
 
 __all__ = [
+    "Cursor",
     "TaskSource",
     "Trace",
+    "TraceSource",
     "load_tasks",
     "load_traces",
     "messages_from_dicts",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import random
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -29,6 +30,25 @@ class Trace:
     tools: tuple[Mapping[str, Any], ...] = ()
     """Schemas of the tools that the model had, in the OpenAI format."""
     place: str = ""
+
+
+@dataclass(frozen=True)
+class TraceSource:
+    """Traces, as often as wanted: epoch n is the same sequence whenever it is asked for."""
+
+    traces: Sequence[Trace]
+    shuffle: bool
+    """A new order in every epoch, from `seed`."""
+    seed: int
+
+    def epoch(self, n: int) -> Iterator[Trace]:
+        order = list(range(len(self.traces)))
+        if self.shuffle:
+            random.Random(f"{self.seed}:sft:{n}").shuffle(order)
+        return (self.traces[i] for i in order)
+
+    def __len__(self) -> int:
+        return len(self.traces)
 
 
 def load_traces(

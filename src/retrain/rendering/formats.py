@@ -76,7 +76,10 @@ class TagFormat:
         return tuple(calls)
 
     def render_call(self, call: ToolCall, tools: Sequence[ToolSchema]) -> str:
-        return f"{self.tags.tool_start}{_body_of(call, tools)}{self.tags.tool_end}"
+        start, end = self.tags.tool_start, self.tags.tool_end
+        bodies = _bodies(call, tools)
+        bodies.append(bodies[-1].replace(end, f"\\u{ord(end[0]):04x}{end[1:]}"))
+        return _first_read_back(self, call, tools, [f"{start}{body}{end}" for body in bodies])
 
     def render_result(self, text: str) -> str:
         return f"{self.tags.response_start}{text}{self.tags.response_end}"
@@ -120,7 +123,8 @@ class FencedFormat:
         return tuple(calls)
 
     def render_call(self, call: ToolCall, tools: Sequence[ToolSchema]) -> str:
-        return f"```{self.language}\n{_body_of(call, tools)}\n```\n"
+        texts = [f"```{self.language}\n{body}\n```\n" for body in _bodies(call, tools)]
+        return _first_read_back(self, call, tools, texts)
 
     def render_result(self, text: str) -> str:
         return f"```{self.output}\n{text}\n```\n"
@@ -336,13 +340,36 @@ def _call_from_json(data: Any, call_id: str, arguments_key: str) -> ToolCall:
     return ToolCall(data["name"], arguments, call_id)
 
 
-def _body_of(call: ToolCall, tools: Sequence[ToolSchema]) -> str:
+def _bodies(call: ToolCall, tools: Sequence[ToolSchema]) -> list[str]:
+    """What may stand for a call, the plainest first; the last is JSON."""
+    value = _plain_value(call, tools)
+    body = json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+    return [body] if value is None else [value, body]
+
+
+def _plain_value(call: ToolCall, tools: Sequence[ToolSchema]) -> str | None:
+    """The argument that may stand for a whole call."""
     plain = _plain_parameter(tools)
-    if plain is not None and call.arguments.keys() == {plain} and call.name == _name(tools[0]):
-        value = call.arguments[plain]
-        if isinstance(value, str):
-            return value
-    return json.dumps({"name": call.name, "arguments": dict(call.arguments)}, ensure_ascii=False)
+    if plain is None or call.arguments.keys() != {plain} or call.name != _name(tools[0]):
+        return None
+    value = call.arguments[plain]
+    return value if isinstance(value, str) else None
+
+
+def _first_read_back(
+    form: ToolFormat, call: ToolCall, tools: Sequence[ToolSchema], texts: Sequence[str]
+) -> str:
+    """The first text that is read as the call, white space around a plain body aside: code may
+    hold what ends a call. Without one, the first of all."""
+    meant = [dict(call.arguments)]
+    value = _plain_value(call, tools)
+    if value is not None:
+        meant.append(dict.fromkeys(call.arguments, textwrap.dedent(value).strip()))
+    for text in texts:
+        found = [(c.name, c.arguments, c.error) for c in form.parse(text, tools)]
+        if any(found == [(call.name, arguments, None)] for arguments in meant):
+            return text
+    return texts[0]
 
 
 def _placeholder(tools: Sequence[ToolSchema]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,9 @@ from retrain.types import UserError
 
 _CACHED_CHARS = 16_384
 """Longer texts are encoded anew each time, so that the cache stays small."""
+
+_CACHED_TOKENS = 256
+"""Longer sequences are decoded anew each time."""
 
 
 class Codec:
@@ -29,6 +33,7 @@ class Codec:
         self.stop_token_ids = frozenset({int(tokenizer.eos_token_id), *extra_stop_token_ids})
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._cached = functools.lru_cache(maxsize=1024)(self._encode)
+        self._decoded = functools.lru_cache(maxsize=8192)(self._decode)
         special = {str(token) for token in tokenizer.all_special_tokens}
         added = [token for token in tokenizer.added_tokens_decoder.values()]
         special |= {str(token.content) for token in added if token.special}
@@ -74,11 +79,16 @@ class Codec:
         """Text of tokens, special ones included; bytes that are not UTF-8 become U+FFFD."""
         if not token_ids:
             return ""
+        ids = array("i", token_ids).tobytes()
+        return self._decoded(ids) if len(token_ids) <= _CACHED_TOKENS else self._decode(ids)
+
+    def _decode(self, packed: bytes) -> str:
+        ids = array("i", packed).tolist()
         if self._backend is not None:
-            return str(self._backend.decode(list(token_ids), skip_special_tokens=False))
+            return str(self._backend.decode(ids, skip_special_tokens=False))
         return str(
             self.tokenizer.decode(
-                list(token_ids), skip_special_tokens=False, clean_up_tokenization_spaces=False
+                ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
             )
         )
 

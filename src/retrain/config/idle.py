@@ -1,0 +1,93 @@
+"""Keys that no stage of a pipeline would read, which one stage or section cannot know by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from retrain.config.algorithm import CLIPPED_LOSSES, TOKEN_ADVANTAGES
+from retrain.config.environment import PythonEnvironmentConfig, ToolEnvironmentConfig
+from retrain.config.monitors import MonitorsConfig
+from retrain.config.root import StageKind, TrainingConfig
+
+Stages = Sequence[tuple[str, StageKind, TrainingConfig]]
+
+
+def idle_keys(config: TrainingConfig, stages: Stages) -> Iterator[tuple[str, str]]:
+    """(what does nothing in any of the stages, what to do about it).
+
+    Args:
+        stages: the whole pipeline, resolved.
+    """
+    kinds = {kind for _, kind, _ in stages}
+    during = [stage.evaluation for *_, stage in stages if stage.evaluation is not None]
+    if "rl" not in kinds and any(section.every_steps is not None for section in during):
+        yield (
+            "evaluation.every_steps does nothing: it evaluates during stages of kind rl, and "
+            "there is none",
+            "Remove it; a stage of kind eval evaluates where it stands.",
+        )
+    transcripts = config.tracking.transcripts
+    if config.tracking.changed("transcripts") and transcripts and "eval" not in kinds:
+        yield (
+            f"tracking.transcripts {transcripts} does nothing: no stage of kind eval writes any",
+            "Remove it, or add section evaluation (and a stage of kind eval where stages are "
+            "listed).",
+        )
+    yield from _idle_monitors(stages)
+
+
+def _idle_monitors(stages: Stages) -> Iterator[tuple[str, str]]:
+    for name in MonitorsConfig.model_fields:
+        asking = [
+            (kind, stage)
+            for _, kind, stage in stages
+            if stage.monitors.changed(name) and getattr(stage.monitors, name) is not None
+        ]
+        needed, acts = _NEEDS.get(name, ("a stage of kind rl", _always))
+        if asking and not any(kind == "rl" and acts(stage) for kind, stage in asking):
+            yield f"monitors.{name} does nothing: it needs {needed}", "Remove it, or set that."
+
+
+def _always(config: TrainingConfig) -> bool:
+    return True
+
+
+def _has_tools(config: TrainingConfig) -> bool:
+    """An environment of the user's own may count calls, too."""
+    environment = config.environment
+    if isinstance(environment, ToolEnvironmentConfig):
+        return bool(environment.tools)
+    return isinstance(environment, PythonEnvironmentConfig)
+
+
+def _has_ratio(config: TrainingConfig) -> bool:
+    return config.algorithm.hyperparameters.updates > 1
+
+
+def _clips(config: TrainingConfig) -> bool:
+    return _has_ratio(config) and config.algorithm.hyperparameters.loss in CLIPPED_LOSSES
+
+
+def _compares_groups(config: TrainingConfig) -> bool:
+    return config.algorithm.hyperparameters.advantage not in TOKEN_ADVANTAGES
+
+
+def _has_reference(config: TrainingConfig) -> bool:
+    return config.algorithm.hyperparameters.kl is not None
+
+
+_UPDATES = "several updates a step (algorithm.hyperparameters.epochs or mini_batches above 1)"
+_TOOLS = "tools (environment.tools)"
+_GROUPS = "an algorithm.hyperparameters.advantage that compares groups"
+_NEEDS: dict[str, tuple[str, Callable[[TrainingConfig], bool]]] = {
+    "ratio": (_UPDATES, _has_ratio),
+    "approx_kl": (_UPDATES, _has_ratio),
+    "clip_fraction": (f"{_UPDATES} and a loss that clips", _clips),
+    "kl": ("algorithm.hyperparameters.kl", _has_reference),
+    "tool_calls": (_TOOLS, _has_tools),
+    "tool_failures": (_TOOLS, _has_tools),
+    "invalid_calls": (_TOOLS, _has_tools),
+    "zero_variance": (_GROUPS, _compares_groups),
+    "flat_reward_steps": (_GROUPS, _compares_groups),
+}
+"""What a monitor needs in order to measure anything, where that is more than a stage of RL."""

@@ -1,0 +1,322 @@
+"""Which test observes what each key of a config does, or that it is refused.
+
+By section class (a section that stands in several places is one) and by key, those inherited under
+the class that declares them. `tests/test_every_key.py` holds this against the config and the tests.
+"""
+
+from __future__ import annotations
+
+BUILT, RUN, LEARNING = (f"test_config_effects{part}.py" for part in ("", "_run", "_learning"))
+WEIGHTS = f"{LEARNING}::test_a_key_changes_the_weights"
+ERRORS = "test_config_errors.py::test_refusals"
+OWN_STAGE = f"{RUN}::test_a_stage_has_its_own"
+MODE = f"{RUN}::test_every_key_of_a_mode_acts"
+EVALUATED = f"{RUN}::test_every_key_of_an_evaluation_acts"
+TRACKED = f"{RUN}::test_every_key_of_tracking_acts"
+SFT = f"{RUN}::test_every_key_of_sft_acts"
+STEP = f"{RUN}::test_sizes_and_sampling_of_a_step"
+REWARD = f"{RUN}::test_every_key_of_a_reward_acts"
+SCRIPTED = f"{RUN}::test_a_scripted_user_and_the_ends_of_a_dialogue"
+PLAYED = f"{RUN}::test_a_user_that_a_model_plays_is_sampled_as_described"
+SOURCE_TYPE = f"{RUN}::test_type_path_and_format_decide_what_is_read"
+WHERE = f"{RUN}::test_a_run_is_where_and_what_the_config_says"
+SCRATCH = f"{BUILT}::test_a_model_from_scratch_is_as_described"
+LOADED = f"{BUILT}::test_torch_dtype_device_and_attention"
+HUB = f"{BUILT}::test_what_the_hub_is_asked_for"
+ADAPTER = f"{BUILT}::test_an_adapter_has_the_rank_the_scale_and_the_modules_given"
+ENGINE = f"{BUILT}::test_the_engine_is_as_described"
+LIMITS = f"{BUILT}::test_the_limits_of_the_sandbox_are_those_given"
+WISHES = f"{BUILT}::test_what_only_some_sandboxes_can_do_is_asked_for"
+CALLS = f"{BUILT}::test_the_limits_of_calls_are_those_given"
+FORMAT = f"{BUILT}::test_calls_are_read_and_answered_in_the_format_given"
+TOOLS = f"{BUILT}::test_tools_are_those_named_with_the_params_given"
+ROW = "test_data_sources.py::test_a_row_becomes_a_task"
+SKIP = "test_data_sources.py::test_skip_and_limit_count_what_is_left"
+HOLDOUT = "test_data_sources.py::test_a_holdout_splits_by_content"
+FUNCTION = "test_data_sources.py::test_a_function_gives_rows_or_tasks"
+DATASETS = "test_data_sources.py::test_saved_datasets_and_directories_of_data"
+GENERATED = "test_data_reasoning_gym.py::test_seed_size_and_params_act"
+KEPT = f"{RUN}::test_every_key_of_a_checkpoint_acts"
+BEST = "test_checkpoints.py::test_the_best_are_kept"
+EVALUATES = "test_loops.py::test_evaluation_during_and_after"
+MONITOR = "test_monitors.py::test_each_turns_on_its_own_trouble_only"
+OVERLONG = "test_presets.py::test_a_run_punishes_what_comes_near_its_own_limit"
+
+EVERY_KEY: dict[str, dict[str, str]] = {
+    "TrainingConfig": {
+        "experiment_name": WHERE,
+        "output_dir": WHERE,
+        "seed": "test_loops.py::test_the_same_seed_gives_the_same_run",
+        "logging_level": "test_cli.py::test_logging_follows_the_config",
+    },
+    "StageConfig": {
+        "kind": EVALUATES,
+        "name": EVALUATES,
+        "model": "test_config_load.py::test_stages_that_cannot_run",
+        "algorithm": OWN_STAGE,
+        "environment": OWN_STAGE,
+        "prompt_source": OWN_STAGE,
+        "reward_setup": OWN_STAGE,
+        "rollout": OWN_STAGE,
+        "checkpoint": OWN_STAGE,
+        "monitors": OWN_STAGE,
+        "evaluation": OWN_STAGE,
+        "sft": "test_config_load.py::test_stages_overlay_the_sections_above",
+    },
+    "ModelConfig": {
+        "name_or_path": f"{BUILT}::test_name_or_path_decides_the_weights",
+        "revision": HUB,
+        "loader": f"{BUILT}::test_unsloth_has_to_be_installed",
+        "torch_dtype": LOADED,
+        "device": LOADED,
+        "trust_remote_code": HUB,
+        "attn_implementation": LOADED,
+        "gradient_checkpointing": f"{BUILT}::test_gradient_checkpointing_is_switched_on",
+    },
+    "LoraConfig": {
+        "r": ADAPTER,
+        "alpha": ADAPTER,
+        "dropout": ERRORS,
+        "target_modules": ADAPTER,
+    },
+    "FromScratch": {"model_type": SCRATCH, "config": SCRATCH},
+    "TokenizerFromScratch": {
+        "vocab_size": SCRATCH,
+        "corpus": SCRATCH,
+        "params": SCRATCH,
+        "special_tokens": SCRATCH,
+    },
+    "AlgorithmConfig": {
+        "name": "test_presets.py::test_a_preset_is_its_choices_and_the_defaults",
+        "backend": ERRORS,
+    },
+    "Optimization": {
+        "learning_rate": WEIGHTS,
+        "optimizer": WEIGHTS,
+        "betas": WEIGHTS,
+        "weight_decay": WEIGHTS,
+        "schedule": WEIGHTS,
+        "warmup_steps": WEIGHTS,
+        "min_lr_ratio": WEIGHTS,
+        "max_grad_norm": WEIGHTS,
+        "micro_batch_tokens": (
+            f"{LEARNING}::test_micro_batches_are_no_larger_than_micro_batch_tokens"
+        ),
+        "share_prefixes": f"{LEARNING}::test_share_prefixes_runs_a_prompt_once",
+    },
+    "Hyperparameters": {
+        "steps": STEP,
+        "prompts_per_step": STEP,
+        "group_size": STEP,
+        "dynamic_sampling_rounds": (
+            "test_presets.py::test_groups_without_variance_are_made_up_for_by_further_tasks"
+        ),
+        "epochs": WEIGHTS,
+        "mini_batches": WEIGHTS,
+        "temperature": STEP,
+        "max_new_tokens": STEP,
+        "advantage": WEIGHTS,
+        "normalize_advantages": WEIGHTS,
+        "gamma": WEIGHTS,
+        "credit": WEIGHTS,
+        "loss": WEIGHTS,
+        "clip_low": WEIGHTS,
+        "clip_high": WEIGHTS,
+        "dual_clip": WEIGHTS,
+        "aggregation": WEIGHTS,
+        "aggregation_length": WEIGHTS,
+        "entropy_coefficient": WEIGHTS,
+        "train_truncated": WEIGHTS,
+    },
+    "KLConfig": {
+        "coefficient": WEIGHTS,
+        "estimator": WEIGHTS,
+        "place": WEIGHTS,
+        "refresh_steps": WEIGHTS,
+    },
+    "CorrectionConfig": {"kind": WEIGHTS, "level": WEIGHTS, "cap": WEIGHTS},
+    "CriticConfig": {
+        "backbone": WEIGHTS,
+        "learning_rate": WEIGHTS,
+        "gae_lambda": WEIGHTS,
+        "value_clip": WEIGHTS,
+        "loss_coefficient": WEIGHTS,
+        "warmup_steps": WEIGHTS,
+        "from_checkpoint": (
+            "test_critic.py::test_a_run_saves_its_critic_and_another_goes_on_with_it"
+        ),
+    },
+    "OverlongConfig": {"buffer_share": OVERLONG, "weight": OVERLONG},
+    "ToolEnvironmentConfig": {
+        "type": TOOLS,
+        "max_steps": CALLS,
+        "tool_timeout_s": CALLS,
+        "tool_retries": CALLS,
+        "max_output_chars": CALLS,
+        "describe_tools": CALLS,
+    },
+    "ToolConfig": {"name": TOOLS, "params": TOOLS},
+    "TagsFormat": {
+        "type": FORMAT,
+        "tool_start": FORMAT,
+        "tool_end": FORMAT,
+        "response_start": FORMAT,
+        "response_end": FORMAT,
+    },
+    "FencedFormat": {"type": FORMAT, "language": FORMAT, "output": FORMAT},
+    "NativeFormat": {"type": FORMAT},
+    "QAConfig": {"type": "test_loops_variants.py::test_gpt2_in_the_plain_format"},
+    "DialogueConfig": {"type": SCRIPTED, "max_turns": SCRIPTED, "stop_phrase": SCRIPTED},
+    "ScriptedUser": {"type": SCRIPTED, "replies": SCRIPTED, "replies_column": SCRIPTED},
+    "ModelUser": {
+        "type": PLAYED,
+        "system_prompt": PLAYED,
+        "max_new_tokens": PLAYED,
+        "temperature": PLAYED,
+    },
+    "PythonEnvironmentConfig": {
+        "type": "test_loops_variants.py::test_an_environment_of_ones_own",
+        "path": "test_loops_variants.py::test_an_environment_of_ones_own",
+        "params": "test_loops_variants.py::test_an_environment_of_ones_own",
+    },
+    "SourceSection": {
+        "prompt_column": ROW,
+        "answer_column": ROW,
+        "id_column": ROW,
+        "messages_column": "test_data_sources.py::test_messages_as_the_prompt",
+        "metadata_columns": "test_data_sources.py::test_metadata_columns_are_those_named",
+        "system_prompt": "test_data_sources.py::test_template_and_system_prompt",
+        "prompt_template": "test_data_sources.py::test_template_and_system_prompt",
+        "skip": SKIP,
+        "limit": SKIP,
+        "shuffle": "test_data_sources.py::test_epochs_are_shuffled_by_seed_and_number",
+        "deduplicate": "test_data_sources.py::test_kept_duplicates_have_different_ids",
+    },
+    "HoldoutConfig": {"fraction": HOLDOUT, "part": HOLDOUT, "seed": HOLDOUT},
+    "StreamableSection": {
+        "streaming": "test_data_sources.py::test_a_stream_reads_no_further_than_it_must",
+        "shuffle_buffer": "test_data_sources.py::test_a_stream_shuffles_within_its_buffer",
+    },
+    "ListSourceConfig": {"type": SOURCE_TYPE, "prompts": SOURCE_TYPE},
+    "FileSourceConfig": {"type": SOURCE_TYPE, "path": SOURCE_TYPE, "format": SOURCE_TYPE},
+    "HFDatasetSourceConfig": {
+        "type": DATASETS,
+        "path": DATASETS,
+        "name": DATASETS,
+        "split": DATASETS,
+    },
+    "ReasoningGymSourceConfig": {
+        "type": SOURCE_TYPE,
+        "dataset": SOURCE_TYPE,
+        "size": SOURCE_TYPE,
+        "params": GENERATED,
+    },
+    "PythonSourceConfig": {"type": FUNCTION, "function": FUNCTION, "params": FUNCTION},
+    "RewardSetup": {
+        "verifiers": REWARD,
+        "verifier_penalty": REWARD,
+        "on_error": "test_rollout_failures.py::test_on_error_mask",
+        "error_penalty": "test_rollout_failures.py::test_on_error_penalty",
+    },
+    "RewardConfig": {
+        "function": REWARD,
+        "weight": REWARD,
+        "params": REWARD,
+        "verifiers": REWARD,
+        "verifier_penalty": REWARD,
+    },
+    "RolloutRewardConfig": {"distribution_strategy": REWARD},
+    "RolloutConfig": {
+        "timeout_s": "test_failures.py::test_an_environment_that_hangs_delays_its_own_rollout",
+        "turn_timeout_s": "test_failures.py::test_an_engine_that_hangs_on_a_turn_is_asked_again",
+        "retries": "test_failures.py::"
+        "test_a_tool_whose_infrastructure_is_away_masks_its_rollouts_only",
+        "backoff_s": "test_failures_rollout.py::test_waits_double_and_belong_to_the_seed",
+        "max_concurrency": "test_failures_rollout.py::"
+        "test_rollouts_beyond_the_limit_wait_outside_their_clock",
+        "min_group_size": "test_failures_rollout.py::"
+        "test_a_group_with_too_few_survivors_does_not_teach",
+        "max_lost_steps": "test_failures.py::"
+        "test_a_run_that_loses_every_rollout_stops_and_says_how_to_go_on",
+    },
+    "EngineConfig": {
+        "type": ERRORS,
+        "max_slots": ENGINE,
+        "num_threads": ENGINE,
+        "context_limit": ENGINE,
+        "deterministic": "test_checkpoints.py::"
+        "test_an_engine_that_must_be_deterministic_and_cannot_is_refused",
+    },
+    "SandboxConfig": {
+        "type": WISHES,
+        "timeout_s": LIMITS,
+        "memory_mb": LIMITS,
+        "max_output_chars": LIMITS,
+        "max_concurrency": LIMITS,
+        "stateful": f"{BUILT}::test_variables_last_over_calls_where_the_sandbox_is_stateful",
+        "packages": WISHES,
+        "files": WISHES,
+        "writable": WISHES,
+        "bubblewrap": WISHES,
+        "url": WISHES,
+    },
+    "KeepBestConfig": {"metric": BEST, "mode": BEST, "count": BEST},
+    "CheckpointConfig": {
+        "every_steps": KEPT,
+        "keep_last": KEPT,
+        "merge_lora": "test_loops_variants.py::test_merged_lora",
+    },
+    "TrackingConfig": {
+        "rollouts": TRACKED,
+        "plots": TRACKED,
+        "transcripts": EVALUATES,
+        "progress": TRACKED,
+    },
+    "EvaluationConfig": {
+        "every_steps": EVALUATES,
+        "max_new_tokens": EVALUATED,
+        "success_reward": f"{RUN}::test_success_may_be_that_of_one_reward",
+        "success_threshold": EVALUATED,
+        "group_by": EVALUATED,
+        "exclude": EVALUATED,
+    },
+    "EvaluationMode": {
+        "name": MODE,
+        "temperature": MODE,
+        "top_p": MODE,
+        "top_k": MODE,
+        "tools": EVALUATES,
+        "repeats": MODE,
+    },
+    "SFTConfig": {
+        "dataset": SFT,
+        "params": SFT,
+        "steps": SFT,
+        "epochs": SFT,
+        "batch_size": SFT,
+        "shuffle": SFT,
+    },
+    "MonitorsConfig": dict.fromkeys(
+        (
+            "logprob_gap",
+            "ratio",
+            "clip_fraction",
+            "approx_kl",
+            "kl",
+            "entropy_low",
+            "entropy_growth",
+            "grad_norm_spike",
+            "zero_variance",
+            "truncated",
+            "masked",
+            "tool_calls",
+            "tool_failures",
+            "invalid_calls",
+            "length_growth",
+            "staleness",
+            "flat_reward_steps",
+            "reward_drop",
+        ),
+        MONITOR,
+    ),
+}
