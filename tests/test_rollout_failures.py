@@ -57,6 +57,7 @@ def sampler(environment: Environment | None = None, **engine: Any) -> Sampler:
         renderer=Renderer(Codec(tokenizer), make_template(tokenizer)),
         params=SamplingParams(6),
         run_seed=3,
+        backoff_s=0.001,
     )
 
 
@@ -84,9 +85,10 @@ async def test_a_lasting_failure_masks_the_rollout_only(dead: bool) -> None:
         group = await flaky.group(TASK, 3)
     finally:
         await flaky.engine.close()
-    assert [r.error for r in group] == [None, "InfrastructureError: the server is away", None]
+    error = "InfrastructureError: the server is away (3 attempts)"
+    assert [r.error for r in group] == [None, error, None]
     assert group[1].stop_reason == "error" and group[1].segments == []
-    assert flaky.engine.asked["0/t/1"] == 2
+    assert flaky.engine.asked["0/t/1"] == 3
     for rollout, reward in zip(group, (1.0, 0.0, 3.0), strict=True):
         rollout.reward = reward
     samples = [sample for rollout in group for sample in to_samples(rollout)]
@@ -136,7 +138,7 @@ def run_with(
         "retrain.loops.run.build_engine",
         lambda c, policy: FlakyEngine(policy.model, tokenizer=policy.tokenizer, **engine),
     )
-    return retrain.run_sync(config)
+    return retrain.run_sync(config | {"rollout": {"backoff_s": 0.01}})
 
 
 def test_a_step_goes_on_with_the_survivors(

@@ -162,6 +162,7 @@ async def test_bad_arguments_are_the_models_fault(arguments: dict[str, Any], tex
         (Path("a"), '"a"'),
         ({(1, 2): 3}, "{(1, 2): 3}"),
         ("lone \ud83d", "lone ?"),
+        (b"caf\xc3\xa9 \xff", "caf\u00e9 \ufffd"),
     ],
 )
 async def test_results_are_shown_as_text_or_json(value: Any, shown: str) -> None:

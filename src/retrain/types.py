@@ -153,8 +153,8 @@ class Segment:
         self.token_ids.extend(token_ids)
         added = len(self.token_ids) - before
         self.source.extend(sources)
-        self.logprobs.extend([0.0] * added if logprobs is None else logprobs)
-        self.versions.extend([NO_VERSION] * added if versions is None else versions)
+        self.logprobs.extend(array("f", bytes(4 * added)) if logprobs is None else logprobs)
+        self.versions.extend(array("i", [NO_VERSION]) * added if versions is None else versions)
         if not len(self.source) == len(self.logprobs) == len(self.versions) == len(self.token_ids):
             raise ValueError("the columns of a segment must have one length")
 
@@ -198,6 +198,20 @@ or the context limit. `environment`: a subclass said done. `user_done`: the simu
 `error`: infrastructure failed; the rollout is masked."""
 
 
+FailureKind = Literal["engine", "tool", "sandbox", "environment", "reward", "deadline"]
+"""Where infrastructure failed; `deadline`: the whole rollout took too long."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What ended one attempt at a rollout."""
+
+    kind: FailureKind
+    attempt: int
+    """From 1."""
+    cause: str
+
+
 @dataclass
 class Rollout:
     """One agent's attempt at one task. `Rollout()` is enough to start."""
@@ -219,6 +233,14 @@ class Rollout:
     error: str | None = None
     """Set when infrastructure failed: the rollout is masked, never scored zero."""
     metrics: dict[str, float] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    """Attempts that infrastructure ended, in order. Each was retried, but the last one where
+    `error` is set: that one masked the rollout."""
+
+    def mask(self, kind: FailureKind, cause: str) -> None:
+        """Leave it out of everything that is learned or reported of rewards."""
+        self.error = cause
+        self.failures.append(Failure(kind, len(self.failures) + 1, cause))
 
     def add_messages(self, *messages: Message) -> None:
         """Append messages; those that carry a `turn` enter the ledger too.
@@ -262,7 +284,7 @@ class Rollout:
             )
         segment = self.enter_prompt(turn.prompt)
         start = len(segment.token_ids)
-        sources = [int(Source.SAMPLED)] * len(turn.token_ids)
+        sources = array("B", [Source.SAMPLED]) * len(turn.token_ids)
         segment.append(turn.token_ids, sources, turn.logprobs, turn.versions)
         span = Span(message_index, start, len(segment.token_ids), turn.finish_reason)
         segment.turns.append(span)
@@ -356,3 +378,7 @@ class UserError(Exception):
 
 class InfrastructureError(Exception):
     """Something outside the model's and the user's reach failed; worth a retry."""
+
+    kind: FailureKind | None = None
+    """What failed, for the counts; None leaves it to where it passes on its way out: a tool, the
+    engine, a reward, or else the environment."""

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from retrain.engines.base import Completion, GenerateRequest
+from retrain.engines.sampling import Uniforms
 from retrain.engines.scheduler import Job, Outcome, Scheduler
 from retrain.engines.stops import StopRules
 from retrain.models.forward import architecture_setting, unwrap
@@ -23,6 +24,12 @@ from retrain.models.scores import selected_logprobs
 from retrain.types import InfrastructureError, UserError
 
 logger = logging.getLogger(__name__)
+
+MAX_RESTARTS = 3
+"""In a row, without a request completed in between."""
+
+CLOSE_S = 30.0
+"""How long `close` waits for the decode thread; one that hangs is left behind."""
 
 T = TypeVar("T")
 
@@ -36,6 +43,9 @@ class TorchEngine:
     it there: a learner calls `model.train()` at the start of its own update if it needs
     dropout or gradient checkpointing. Decoding runs in one thread, started by the first call.
 
+    When decoding fails, everything but the weights is made anew, and the requests under way are
+    issued again with their own seeds, up to MAX_RESTARTS times in a row; then they fail.
+
     Args:
         model: a causal language model, PEFT-wrapped or not, on any one device.
         tokenizer: needed for stop strings only.
@@ -44,6 +54,11 @@ class TorchEngine:
         num_threads: CPU threads of the decode thread's operations; torch's own choice if None.
             One is best for tiny models, whose steps are too short to share.
         version: the policy version of the weights as they are now.
+        deterministic: what a request gets depends on its own tokens and seed alone, to the bit,
+            whatever its company and however long its session's tools took. True fails at the first
+            request where that cannot be had (`engines.exact`), None then does without; on a CPU
+            only. Sessions keep their slots until `end_session`, and prefixes that rows share are
+            read by each.
 
     Raises:
         UserError: `context_limit` is missing and the architecture names none.
@@ -58,6 +73,7 @@ class TorchEngine:
         context_limit: int | None = None,
         num_threads: int | None = None,
         version: int = 0,
+        deterministic: bool | None = False,
     ) -> None:
         self._context_limit = context_limit or architecture_setting(
             model, "max_position_embeddings"
@@ -71,9 +87,17 @@ class TorchEngine:
         self._num_threads = num_threads
         self._vocab_size: int = unwrap(model).get_output_embeddings().weight.shape[0]
         self._rules = StopRules(tokenizer, self._vocab_size)
-        self._scheduler = Scheduler(model, max_slots, self._context_limit, version)
+        self._max_slots = max_slots
+        self._deterministic = deterministic
+        self._prepared = False
+        self._scheduler = self._make_scheduler(version, exact=deterministic is not False)
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._arrived: list[Job] = []
+        self._in_flight: dict[Job, None] = {}
+        """In the order of arrival; the decode thread's own."""
+        self._restarts = 0
+        self._restarts_in_a_row = 0
+        self._prefilled_before = 0
         self._thread: threading.Thread | None = None
         self._closed = False
 
@@ -81,10 +105,42 @@ class TorchEngine:
     def context_limit(self) -> int:
         return int(self._context_limit)
 
+    def _make_scheduler(self, version: int, *, exact: bool) -> Scheduler:
+        limit = self.context_limit
+        return Scheduler(self._model, self._max_slots, limit, version, exact=exact)
+
+    async def prepare(self) -> bool:
+        """Find out how the model is run, before the first request does; whether the engine is
+        deterministic.
+
+        Raises:
+            UserError: it was asked to be, and cannot.
+        """
+
+        def run() -> bool:
+            try:
+                self._scheduler.prepare()
+            except UserError as error:
+                if self._deterministic is not None:
+                    raise
+                logger.info("%s", error)
+                self._scheduler = self._make_scheduler(self._scheduler.version, exact=False)
+                self._scheduler.prepare()
+            return self._scheduler.exact
+
+        exact = await self._in_thread(run)
+        self._prepared = True
+        return exact
+
     @property
     def prefilled_tokens(self) -> int:
         """Context tokens run in prefill calls so far; copied and cached ones do not count."""
-        return self._scheduler.prefilled_tokens
+        return self._prefilled_before + self._scheduler.prefilled_tokens
+
+    @property
+    def restarts(self) -> int:
+        """How often decoding failed and began again."""
+        return self._restarts
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """Sample one continuation; see `Engine.generate`.
@@ -92,13 +148,15 @@ class TorchEngine:
         Raises:
             UserError: an empty prompt, a token id outside the vocabulary, sampling parameters
                 that make no sense, or logits that are not finite.
-            InfrastructureError: the decode thread failed; its cause is chained.
+            InfrastructureError: decoding failed again and again; its cause is chained.
         """
         self._check(request)
         params = request.params
         rule = self._rules.rule(params.stop, params.stop_token_ids)
         if len(request.prompt_ids) >= self.context_limit:
             return Completion(array("i"), array("f"), array("i"), "context")
+        if self._deterministic is not False and not self._prepared:
+            await self.prepare()
         loop = asyncio.get_running_loop()
         job = Job(request, rule, loop.create_future(), loop)
         # What is asked for in the same turn of the event loop is admitted together: a group
@@ -111,7 +169,7 @@ class TorchEngine:
         except asyncio.CancelledError:
             job.cancelled = True
             if not self._closed:
-                self._post(lambda: self._scheduler.cancel(job))
+                self._post(lambda: self._cancel(job))
             raise
 
     def _check(self, request: GenerateRequest) -> None:
@@ -134,7 +192,7 @@ class TorchEngine:
     def _hand_over(self) -> None:
         jobs, self._arrived = self._arrived, []
         try:
-            self._post(lambda: self._scheduler.submit(jobs))
+            self._post(lambda: self._submit(jobs))
         except InfrastructureError as error:
             for job in jobs:
                 _settle(job.future, error)
@@ -163,14 +221,21 @@ class TorchEngine:
 
         A request in flight goes on under the new weights; its tokens carry their own versions.
         """
-        await self._in_thread(lambda: self._scheduler.set_version(version))
+
+        def run() -> None:
+            try:
+                self._scheduler.set_version(version)
+            except Exception as error:
+                self._recover(error)
+
+        await self._in_thread(run)
 
     async def close(self) -> None:
         """Stop the decode thread; requests in flight fail with InfrastructureError."""
         self._closed = True
         if self._thread is not None:
             self._inbox.put(None)
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, CLOSE_S)
             self._thread = None
 
     async def _in_thread(self, run: Callable[[], T]) -> T:
@@ -181,7 +246,7 @@ class TorchEngine:
         def call() -> None:
             try:
                 result: T | BaseException = run()
-            except Exception as error:
+            except BaseException as error:
                 result = error
             _post_to(loop, lambda: _settle(future, result))
 
@@ -213,27 +278,59 @@ class TorchEngine:
     def _work(self) -> None:
         """Commands between steps, steps while there is work."""
         while True:
-            while not self._scheduler.busy or not self._inbox.empty():
-                command = self._inbox.get()
-                if command is None:
-                    self._fail(InfrastructureError("the engine was closed"))
-                    return
-                command()
             try:
+                while not self._scheduler.busy or not self._inbox.empty():
+                    command = self._inbox.get()
+                    if command is None:
+                        self._fail(InfrastructureError("the engine was closed"))
+                        return
+                    command()
                 self._deliver(self._scheduler.advance())
-            except Exception as error:
-                logger.exception("decoding failed; its requests fail with it")
-                failure = InfrastructureError(f"decoding failed: {type(error).__name__}: {error}")
-                failure.__cause__ = error
-                self._fail(failure)
+            except BaseException as error:
+                self._recover(error)
+
+    def _submit(self, jobs: list[Job]) -> None:
+        self._in_flight |= dict.fromkeys(job for job in jobs if not job.cancelled)
+        self._scheduler.submit(jobs)
+
+    def _cancel(self, job: Job) -> None:
+        self._in_flight.pop(job, None)
+        self._scheduler.cancel(job)
+
+    def _recover(self, error: BaseException) -> None:
+        """Begin again with nothing cached, and issue what is under way again, or give it up."""
+        before = self._scheduler
+        self._prefilled_before += before.prefilled_tokens
+        self._scheduler = self._make_scheduler(before.version, exact=before.exact)
+        cause = f"decoding failed: {type(error).__name__}: {error}"
+        if isinstance(error, UserError):
+            self._fail(error)
+        elif self._restarts_in_a_row == MAX_RESTARTS:
+            failure = InfrastructureError(f"{cause} (after {MAX_RESTARTS} restarts)")
+            failure.__cause__ = error
+            self._fail(failure)
+        else:
+            self._restarts += 1
+            self._restarts_in_a_row += 1
+            jobs = [job for job in self._in_flight if not job.cancelled]
+            logger.warning(
+                "%s; the engine restarts, %d requests are issued again", cause, len(jobs)
+            )
+            for job in jobs:
+                job.slot = None
+                job.uniforms = Uniforms(job.request.seed)
+            self._scheduler.submit(jobs)
 
     def _fail(self, error: Exception) -> None:
-        self._deliver([(job, error) for job in self._scheduler.abort()])
+        self._deliver([(job, error) for job in self._in_flight])
 
     def _deliver(self, outcomes: list[Outcome]) -> None:
         by_loop: dict[asyncio.AbstractEventLoop, list[Outcome]] = defaultdict(list)
-        for outcome in outcomes:
-            by_loop[outcome[0].loop].append(outcome)
+        for job, result in outcomes:
+            by_loop[job.loop].append((job, result))
+            self._in_flight.pop(job, None)
+            if isinstance(result, Completion):
+                self._restarts_in_a_row = 0
         for loop, ended in by_loop.items():
 
             def settle(ended: list[Outcome] = ended) -> None:

@@ -7,6 +7,7 @@ its own shallow copy, so `self` may hold that rollout's state from `reset` on.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +15,13 @@ from typing import Protocol, Self
 
 from retrain.rendering import ToolSchema
 from retrain.rewards.failures import describe_exception, describe_rollout
+from retrain.tools.deadline import Late, within
 from retrain.types import InfrastructureError, Message, Rollout, StopReason, Task, UserError
+
+FINISH_S = 10.0
+"""How long `finish` may take."""
+
+logger = logging.getLogger(__name__)
 
 
 class Agent(Protocol):
@@ -73,7 +80,11 @@ class Environment:
         return Step(stop="answered")
 
     async def finish(self, rollout: Rollout) -> None:
-        """Release what `reset` and `step` opened; called once, also after a failure."""
+        """Release what `reset` and `step` opened; called once, also after a failure.
+
+        After FINISH_S it is left behind; that, and infrastructure that fails here, is logged and
+        does not harm the rollout.
+        """
 
     async def close(self) -> None:
         """Release what the environment as a whole holds; called once, at the end of the run."""
@@ -105,15 +116,29 @@ class Environment:
                     rollout.stop_reason = "max_steps"
         finally:
             with self._blamed("finish", rollout):
-                await self.finish(rollout)
+                await self._finish(rollout)
         return rollout
+
+    async def _finish(self, rollout: Rollout) -> None:
+        failed = ""
+        try:
+            await within(self.finish(rollout), FINISH_S)
+        except Late:
+            failed = f"is not done after {FINISH_S:g} s, and is left behind"
+        except InfrastructureError as error:
+            failed = f"failed: {type(error).__name__}: {error}"
+        if failed:
+            logger.warning("%s.finish of rollout %s %s", type(self).__name__, rollout.id, failed)
 
     @contextmanager
     def _blamed(self, method: str, rollout: Rollout) -> Iterator[None]:
         """Say which environment failed, and on what."""
         try:
             yield
-        except (InfrastructureError, UserError):
+        except InfrastructureError as error:
+            error.kind = error.kind or "environment"
+            raise
+        except UserError:
             raise
         except Exception as error:
             raise UserError(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from retrain.config.stages import EvaluationConfig
 from retrain.loops.credit import has_variance, sampled_tokens, truncated
 from retrain.loops.evaluate import is_success
+from retrain.loops.survivors import large_enough
 from retrain.types import NO_VERSION, Rollout
 
 
@@ -17,18 +19,21 @@ def rollout_metrics(
     *,
     version: int,
     per_turn: bool = False,
+    min_group_size: int = 1,
 ) -> dict[str, float]:
     """Means over the kept rollouts; counts of masked ones, forks and groups that teach nothing.
 
     Args:
         version: of the policy that is about to learn from them.
+        min_group_size: fewest survivors of a group that teaches.
     """
     rollouts = [rollout for group in groups for rollout in group]
     kept = [rollout for rollout in rollouts if rollout.error is None]
     metrics = {
         "rollouts": float(len(rollouts)),
-        "rollouts/masked": float(len(rollouts) - len(kept)),
+        **failure_metrics(rollouts),
         "groups": float(len(groups)),
+        "groups/too_small": float(sum(not large_enough(group, min_group_size) for group in groups)),
         "groups/zero_variance": float(
             sum(not has_variance(group, per_turn=per_turn) for group in groups)
         ),
@@ -52,6 +57,16 @@ def rollout_metrics(
     metrics |= _by_name(kept)
     metrics |= _shares(kept)
     return metrics
+
+
+def failure_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    """How many were masked, how many of these by each kind of failure, and how many took more than
+    one attempt."""
+    masked = [rollout for rollout in rollouts if rollout.error is not None]
+    retried = sum(len(r.failures) > (r.error is not None) for r in rollouts)
+    metrics = {"rollouts/masked": float(len(masked)), "rollouts/retried": float(retried)}
+    kinds = Counter(rollout.failures[-1].kind for rollout in masked if rollout.failures)
+    return metrics | {f"masked/{kind}": float(count) for kind, count in sorted(kinds.items())}
 
 
 def _by_name(kept: Sequence[Rollout]) -> dict[str, float]:

@@ -1,8 +1,17 @@
 """Rollouts: one, a group, a step's worth; and the samples that they become."""
 
 from retrain.rollout.agent import EngineAgent, request_seed
+from retrain.rollout.garbage import set_aside
 from retrain.rollout.model_user import ModelUser
 from retrain.rollout.samples import to_samples
 from retrain.rollout.sampling import Sampler, gather_or_cancel
 
-__all__ = ["EngineAgent", "ModelUser", "Sampler", "gather_or_cancel", "request_seed", "to_samples"]
+__all__ = [
+    "EngineAgent",
+    "ModelUser",
+    "Sampler",
+    "gather_or_cancel",
+    "request_seed",
+    "set_aside",
+    "to_samples",
+]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from retrain.engines.base import Engine, GenerateRequest, SamplingParams
+from retrain.engines.base import Completion, Engine, GenerateRequest, SamplingParams
 from retrain.rendering import Renderer, ToolSchema, prompt_token_ids
-from retrain.types import Message, Rollout, Task, Turn, UserError
+from retrain.types import InfrastructureError, Message, Rollout, Task, Turn, UserError
 
 
 def request_seed(run_seed: int, epoch: int, task_id: str, sample: int, turn: int) -> int:
@@ -17,13 +18,14 @@ def request_seed(run_seed: int, epoch: int, task_id: str, sample: int, turn: int
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") >> 1
 
 
-@dataclass(frozen=True)
+@dataclass
 class EngineAgent:
-    """Samples MODEL messages from an engine; one instance serves one rollout.
+    """Samples MODEL messages from an engine; one instance serves one attempt at a rollout.
 
     Args:
         params: sampling settings; the renderer's stop strings and tokens are added to them.
         run_seed, epoch, sample: what a turn's seed is made from, with the task and the turn.
+        turn_timeout_s: of sampling one message; None waits for ever.
     """
 
     engine: Engine
@@ -36,6 +38,20 @@ class EngineAgent:
     group_id: str | None = None
     name: str = "policy"
     trainable: bool = True
+    turn_timeout_s: float | None = None
+    asked: int = field(default=0, init=False)
+    """Turns that the engine was asked for."""
+    answered: int = field(default=0, init=False)
+    """Turns that it gave."""
+    over: bool = field(default=False, init=False)
+    """The attempt has ended: code of it that was left behind gets nothing more sampled."""
+
+    def __post_init__(self) -> None:
+        self.params = replace(
+            self.params,
+            stop=self.renderer.stop,
+            stop_token_ids=tuple(sorted(self.renderer.codec.stop_token_ids)),
+        )
 
     def start(self, task: Task) -> Rollout:
         return Rollout(
@@ -51,8 +67,10 @@ class EngineAgent:
 
         Raises:
             UserError: the task's own prompt leaves no room in the context.
-            InfrastructureError: the engine failed.
+            InfrastructureError: the engine failed, or took too long.
         """
+        if self.over:
+            raise InfrastructureError("this attempt at the rollout has ended")
         prompt = self.renderer.prompt(rollout, tools)
         prompt_ids = prompt_token_ids(rollout, prompt)
         turn = len(rollout.model_messages)
@@ -63,14 +81,10 @@ class EngineAgent:
                 f"the context limit is {self.engine.context_limit}",
                 "Shorten the prompt, or raise engine.context_limit if the model allows it.",
             )
-        completion = await self.engine.generate(
+        completion = await self._sample(
             GenerateRequest(
                 prompt_ids,
-                replace(
-                    self.params,
-                    stop=self.renderer.stop,
-                    stop_token_ids=tuple(sorted(self.renderer.codec.stop_token_ids)),
-                ),
+                self.params,
                 seed=request_seed(self.run_seed, self.epoch, task_id, self.sample, turn),
                 session=rollout.id,
             )
@@ -90,3 +104,22 @@ class EngineAgent:
         message = replace(message, turn=entry)
         rollout.add_messages(message)
         return message
+
+    async def _sample(self, request: GenerateRequest) -> Completion:
+        self.asked += 1
+        try:
+            async with asyncio.timeout(self.turn_timeout_s) as clock:
+                completion = await self.engine.generate(request)
+        except TimeoutError as error:
+            if not clock.expired():
+                raise
+            late = InfrastructureError(
+                f"the engine gave no turn within {self.turn_timeout_s:g} s (rollout.turn_timeout_s)"
+            )
+            late.kind = "engine"
+            raise late from error
+        except InfrastructureError as error:
+            error.kind = error.kind or "engine"
+            raise
+        self.answered += 1
+        return completion

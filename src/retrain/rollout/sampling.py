@@ -3,18 +3,37 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from retrain.engines.base import Engine, SamplingParams
 from retrain.envs import Environment
+from retrain.envs.base import FINISH_S
 from retrain.rendering import Renderer
-from retrain.rollout.agent import EngineAgent
-from retrain.types import InfrastructureError, Rollout, Task
+from retrain.rollout.agent import EngineAgent, request_seed
+from retrain.tools.deadline import CancelledItself, Late, within
+from retrain.types import Failure, FailureKind, InfrastructureError, Rollout, Task
 
 T = TypeVar("T")
+
+
+FORGET_S = 5.0
+"""How long an engine may take to end a session; a request to do so is not lost with the wait."""
+
+GRACE_S = FINISH_S + 2.0
+"""How long a rollout that is given up may take to clean up."""
+
+LONGEST_WAIT_S = 60.0
+"""Before a retry."""
+
+
+class OutOfTime(InfrastructureError):
+    """The whole rollout took too long; not retried."""
+
+    kind: FailureKind | None = "deadline"
 
 
 @dataclass(frozen=True)
@@ -22,8 +41,12 @@ class Sampler:
     """Everything that sampling a rollout takes, besides the task.
 
     Args:
+        turn_timeout_s: of sampling one MODEL turn; None waits for ever.
+        timeout_s: of a rollout, all its attempts together, and of scoring a group; None likewise.
         retries: how often a rollout whose infrastructure failed is started again before it is
             masked.
+        backoff_s: wait before the first retry; it doubles with each, up to a minute.
+        max_concurrency: most rollouts of `groups` that are under way at the same time.
     """
 
     environment: Environment
@@ -31,48 +54,102 @@ class Sampler:
     renderer: Renderer
     params: SamplingParams
     run_seed: int = 0
-    retries: int = 1
+    turn_timeout_s: float | None = None
+    timeout_s: float | None = None
+    retries: int = 2
+    backoff_s: float = 1.0
+    max_concurrency: int = 1024
 
     async def rollout(
         self, task: Task, *, epoch: int = 0, sample: int = 0, group_id: str | None = None
     ) -> Rollout:
-        """One attempt. Failed infrastructure masks it: `error` is set, nothing is scored."""
-        rollout_id = f"{epoch}/{task.id}/{sample}"
-        agent = EngineAgent(
+        """One rollout, in as many attempts as it takes; each draws the same numbers.
+
+        Failed infrastructure masks it: `error` is set, nothing is scored. `failures` has the
+        causes, those of attempts that were retried too.
+        """
+        clock = asyncio.get_running_loop().time
+        end = math.inf if self.timeout_s is None else clock() + self.timeout_s
+        failures: list[Failure] = []
+        while True:
+            agent = self._agent(task, epoch, sample, group_id)
+            try:
+                rollout = await self._attempt(task, agent, end - clock())
+                break
+            except InfrastructureError as error:
+                kind = error.kind or "environment"
+                cause = f"{type(error).__name__}: {error}"
+                failures.append(Failure(kind, len(failures) + 1, cause))
+            wait = self._wait(agent.rollout_id, len(failures))
+            if kind == "deadline" or len(failures) > self.retries or clock() + wait >= end:
+                rollout = agent.start(task)
+                rollout.stop_reason = "error"
+                rollout.error = cause
+                if len(failures) > 1:
+                    rollout.error += f" ({len(failures)} attempts)"
+                rollout.failures = failures
+                return rollout
+            await asyncio.sleep(wait)
+        rollout.failures = failures
+        if rollout.error is not None:
+            rollout.mask("environment", rollout.error)
+        return rollout
+
+    def _agent(self, task: Task, epoch: int, sample: int, group_id: str | None) -> EngineAgent:
+        return EngineAgent(
             engine=self.engine,
             renderer=self.renderer,
             params=self.params,
             run_seed=self.run_seed,
             epoch=epoch,
             sample=sample,
-            rollout_id=rollout_id,
+            rollout_id=f"{epoch}/{task.id}/{sample}",
             group_id=group_id,
+            turn_timeout_s=self.turn_timeout_s,
         )
-        failure = ""
-        for _ in range(self.retries + 1):
-            try:
-                return await self.environment.spawn().run(task, agent)
-            except InfrastructureError as error:
-                failure = f"{type(error).__name__}: {error}"
-            finally:
-                await self._forget(rollout_id)
-        masked = agent.start(task)
-        masked.stop_reason = "error"
-        masked.error = failure
-        return masked
+
+    async def _attempt(self, task: Task, agent: EngineAgent, left_s: float) -> Rollout:
+        work = self.environment.spawn().run(task, agent)
+        try:
+            return await within(work, None if left_s == math.inf else left_s, grace_s=GRACE_S)
+        except Late:
+            where = (
+                f"the engine was sampling turn {agent.asked}"
+                if agent.asked > agent.answered
+                else f"it was in the environment after turn {agent.answered}"
+            )
+            raise OutOfTime(
+                f"the rollout did not end within {self.timeout_s:g} s (rollout.timeout_s); {where}"
+            ) from None
+        except CancelledItself:
+            raise InfrastructureError("something in the rollout cancelled itself") from None
+        finally:
+            agent.over = True
+            await self._forget(agent.rollout_id)
+
+    def _wait(self, rollout_id: str, failed: int) -> float:
+        """Seconds before the next attempt; the seed takes up to half of them off."""
+        whole = min(self.backoff_s * 2.0 ** min(failed - 1, 16), LONGEST_WAIT_S)
+        share = request_seed(self.run_seed, 0, rollout_id, failed, 0) / 2**63
+        return whole * (1 - share / 2)
 
     async def _forget(self, rollout_id: str) -> None:
         """End the engine's session; an engine that has failed holds none."""
-        with suppress(InfrastructureError):
-            await self.engine.end_session(rollout_id)
+        with suppress(InfrastructureError, TimeoutError):
+            async with asyncio.timeout(FORGET_S):
+                await self.engine.end_session(rollout_id)
 
-    async def group(self, task: Task, size: int, *, epoch: int = 0) -> list[Rollout]:
-        """`size` attempts at one task, at the same time."""
+    async def group(
+        self, task: Task, size: int, *, epoch: int = 0, gate: asyncio.Semaphore | None = None
+    ) -> list[Rollout]:
+        """`size` rollouts of one task, at the same time; each waits at the gate if there is one."""
         group_id = f"{epoch}/{task.id}"
-        attempts = (
-            self.rollout(task, epoch=epoch, sample=i, group_id=group_id) for i in range(size)
-        )
-        return await gather_or_cancel(attempts)
+
+        async def admitted(sample: int) -> Rollout:
+            async with gate or nullcontext():
+                return await self.rollout(task, epoch=epoch, sample=sample, group_id=group_id)
+
+        return await gather_or_cancel(map(admitted, range(size)))
 
     async def groups(
         self,
@@ -80,11 +157,24 @@ class Sampler:
         size: int,
         score: Callable[[list[Rollout]], Awaitable[None]],
     ) -> list[list[Rollout]]:
-        """A group for each (epoch, task), all at the same time; each is scored when it is done."""
+        """A group for each (epoch, task), all at the same time; each is scored when it is done.
+
+        Scoring that hangs masks its group.
+        """
+        gate = asyncio.Semaphore(self.max_concurrency)
 
         async def scored(epoch: int, task: Task) -> list[Rollout]:
-            group = await self.group(task, size, epoch=epoch)
-            await score(group)
+            group = await self.group(task, size, epoch=epoch, gate=gate)
+            try:
+                await within(score(group), self.timeout_s)
+            except Late:
+                for rollout in group:
+                    if rollout.error is None:
+                        rollout.mask(
+                            "reward",
+                            f"the group was not scored within {self.timeout_s:g} s "
+                            "(rollout.timeout_s)",
+                        )
             return group
 
         return await gather_or_cancel(scored(epoch, task) for epoch, task in tasks)

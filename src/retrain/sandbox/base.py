@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from retrain.types import InfrastructureError, UserError
+from retrain.types import FailureKind, InfrastructureError, UserError
 
 Status = Literal["ok", "error", "exit", "timeout", "memory", "output", "killed"]
 """How a call ended:
@@ -175,3 +175,5 @@ class Sandbox(Protocol):
 
 class SandboxUnavailable(InfrastructureError):
     """The sandbox itself failed: it could not start, or had no room for another session."""
+
+    kind: FailureKind | None = "sandbox"

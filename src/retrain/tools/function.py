@@ -10,9 +10,9 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
-from retrain.tools.base import Tool, ToolError, ToolSession
+from retrain.tools.base import Tool, ToolSession
 from retrain.tools.signature import Signature, read_signature
-from retrain.tools.threads import run_in_daemon_thread
+from retrain.tools.threads import in_daemon_thread
 from retrain.types import UserError
 
 P = ParamSpec("P")
@@ -25,8 +25,8 @@ class FunctionTool(Generic[P, R]):
     """A function as a tool; calling it calls the function.
 
     A synchronous function runs in a thread, an asynchronous one on the event loop (it must not
-    block). A synchronous function that hangs cannot be stopped: after its time-out the model is
-    told, and the thread is abandoned.
+    block: that would hold up every rollout). A synchronous function that hangs cannot be stopped:
+    after its time-out the model is told, and the thread is abandoned.
     """
 
     def __init__(
@@ -56,16 +56,20 @@ class FunctionTool(Generic[P, R]):
         return self._function(*args, **kwargs)
 
     def session(self) -> ToolSession:
-        return _CallSession(self._function, self._signature)
+        return _FunctionSession(self._function, self._signature)
 
 
 class ClassTool:
     """A class with a typed `__call__` as a tool: one instance per session, so per rollout.
 
-    Calls of one session run one after the other, in the order of the model's calls. Optional
-    class attributes: `name` (else the class's name), `description` (else the docstring of
-    `__call__`, then of the class), `timeout_s`.
+    Calls of one session run one after the other, in the order of the model's calls; a thread that
+    hangs keeps its instance, so that later calls of the session run out of time as well. With a
+    synchronous `__call__` the instance is made, called and closed in threads. Optional class
+    attributes: `name` (else the class's name), `description` (else the docstring of `__call__`,
+    then of the class), `timeout_s`.
     """
+
+    in_order = True
 
     def __init__(self, cls: type[Any], params: Mapping[str, Any] | None = None) -> None:
         self.name = _checked_name(getattr(cls, "name", cls.__name__))
@@ -78,41 +82,69 @@ class ClassTool:
         _check_params(cls, self._params)
 
     def session(self) -> ToolSession:
-        return _CallSession(self._cls(**self._params), self._signature, in_order=True)
+        return _ClassSession(self._cls, self._params, self._signature)
 
 
-class _CallSession:
-    def __init__(
-        self, target: Callable[..., Any], signature: Signature, *, in_order: bool = False
-    ) -> None:
-        self._target = target
+class _FunctionSession:
+    def __init__(self, function: Callable[..., Any], signature: Signature) -> None:
+        self._function = function
         self._signature = signature
-        self._lock = asyncio.Lock() if in_order else None
 
     async def call(self, arguments: Mapping[str, Any]) -> str:
         args, keywords = self._signature.bind(arguments)
-        if self._lock is None:
-            return await self._run(args, keywords)
-        async with self._lock:
-            return await self._run(args, keywords)
+        if _is_async(self._function):
+            return show(await cast(Awaitable[Any], self._function(*args, **keywords)))
+        return await in_daemon_thread(lambda: show(self._function(*args, **keywords)))
 
     async def close(self) -> None:
-        close = getattr(self._target, "close", None) if self._lock is not None else None
-        if callable(close):
+        return None
+
+
+class _ClassSession:
+    """One instance, made at the first call."""
+
+    def __init__(self, cls: type[Any], params: Mapping[str, Any], signature: Signature) -> None:
+        self._make: Callable[[], Any] = lambda: cls(**params)
+        self._signature = signature
+        self._async = _is_async(cls)
+        self._instance: Any = None
+        self._in_use = asyncio.Lock()
+        self._thread: asyncio.Future[Any] | None = None
+        """What runs in a thread, perhaps since a call that was given up."""
+
+    async def call(self, arguments: Mapping[str, Any]) -> str:
+        args, keywords = self._signature.bind(arguments)
+
+        def run() -> str:
+            return show(self._made()(*args, **keywords))
+
+        async with self._in_use:
+            if self._async:
+                return show(await self._made()(*args, **keywords))
+            return cast(str, await self._in_thread(run))
+
+    async def close(self) -> None:
+        close: object = getattr(self._instance, "close", None)
+        if not callable(close):
+            return
+        if self._async or inspect.iscoroutinefunction(close):
             result = close()
             if inspect.isawaitable(result):
                 await result
+        else:
+            await self._in_thread(close)
 
-    async def _run(self, args: list[Any], keywords: dict[str, Any]) -> str:
-        call = functools.partial(self._target, *args, **keywords)
-        try:
-            if _is_async(self._target):
-                result = await cast(Awaitable[Any], call())
-            else:
-                result = await run_in_daemon_thread(call)
-        except (SystemExit, KeyboardInterrupt) as error:
-            raise ToolError(f"{type(error).__name__}: {error}") from error
-        return show(result)
+    def _made(self) -> Any:
+        if self._instance is None:
+            self._instance = self._make()
+        return self._instance
+
+    async def _in_thread(self, function: Callable[[], Any]) -> Any:
+        """One at a time, however long the one before takes."""
+        if self._thread is not None:
+            await asyncio.wait({self._thread})
+        self._thread = in_daemon_thread(function)
+        return await asyncio.shield(self._thread)
 
 
 @overload
@@ -178,9 +210,12 @@ def as_tool(obj: object, params: Mapping[str, Any] | None = None) -> Tool:
 
 
 def show(value: object) -> str:
-    """What the model reads of a result: a string as it is, anything else as JSON."""
+    """What the model reads of a result: a string as it is, bytes as UTF-8, anything else as JSON,
+    and what JSON has no form for as its `repr`."""
     if isinstance(value, str):
         return value
+    if isinstance(value, bytes | bytearray):
+        return value.decode("utf-8", "replace")
     try:
         return json.dumps(value, ensure_ascii=False, default=str)
     except (TypeError, ValueError, RecursionError):
@@ -188,7 +223,9 @@ def show(value: object) -> str:
 
 
 def _is_async(target: Callable[..., Any]) -> bool:
-    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(type(target).__call__)
+    """Whether calling it (an instance, for a class) gives something to await."""
+    call = target.__call__ if inspect.isclass(target) else type(target).__call__
+    return inspect.iscoroutinefunction(target) or inspect.iscoroutinefunction(call)
 
 
 def _is_tool(obj: object) -> bool:

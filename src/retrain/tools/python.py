@@ -26,6 +26,8 @@ class PythonTool:
     session, and the model is told that its variables are gone.
     """
 
+    in_order = True
+
     def __init__(
         self,
         sandbox: Sandbox,

@@ -10,8 +10,12 @@ from typing import Any
 
 from retrain.sandbox.output import cut_middle
 from retrain.tools.base import CallStatus, ModelError, Tool, ToolError, ToolResult, ToolSession
+from retrain.tools.deadline import CancelledItself, Late, within
 from retrain.tools.function import as_tool
 from retrain.types import InfrastructureError, ToolCall, UserError
+
+LONGEST_WAIT_S = 30.0
+"""Before a retry."""
 
 
 class ToolRunner:
@@ -23,6 +27,9 @@ class ToolRunner:
       the reason (`model_error`);
     - `ToolError`: its message; any other exception: `ExceptionName: message` (`tool_error`);
     - no result in time: how long it had (`timeout`).
+
+    Calls run at the same time, but for those of a tool with an attribute `in_order` that is true:
+    each of these waits for the one before, and its time-out starts when its turn has come.
 
     Used as an async context manager it closes its sessions.
     """
@@ -42,7 +49,7 @@ class ToolRunner:
             timeout_s: of one attempt at a call, unless the tool has a `timeout_s` of its own.
             max_output_chars: most characters kept of a result, half from each end.
             retries: further attempts after an `InfrastructureError`.
-            backoff_s: wait before the first retry; it doubles each time.
+            backoff_s: wait before the first retry; it doubles each time, up to half a minute.
 
         Raises:
             UserError: two tools of one name.
@@ -59,6 +66,11 @@ class ToolRunner:
         self.counts: Counter[CallStatus] = Counter()
         """Calls per status so far."""
         self._sessions: dict[str, ToolSession] = {}
+        self._turns: dict[str, asyncio.Lock] = {
+            item.name: asyncio.Lock()
+            for item in self.tools.values()
+            if getattr(item, "in_order", False)
+        }
 
     async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """Run calls concurrently; results in the order of the calls.
@@ -66,19 +78,29 @@ class ToolRunner:
         Raises:
             InfrastructureError: one failed on every attempt; the others have ended by then.
         """
+        if len(calls) == 1:
+            results = [await self._run_one(calls[0])]
+        else:
+            results = await self._run_together(calls)
+        self.counts.update(result.status for result in results)
+        return results
+
+    async def _run_together(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         outcomes = await asyncio.gather(*map(self._run_one, calls), return_exceptions=True)
         results = []
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
                 raise outcome
             results.append(outcome)
-        self.counts.update(result.status for result in results)
         return results
 
     async def aclose(self) -> None:
         """Close every session; the first failure is raised once all have been tried."""
-        sessions, self._sessions = self._sessions, {}
-        closing = [session.close() for session in sessions.values()]
+        sessions, self._sessions = list(self._sessions.values()), {}
+        if len(sessions) == 1:
+            await sessions[0].close()
+            return
+        closing = [session.close() for session in sessions]
         outcomes = await asyncio.gather(*closing, return_exceptions=True)
         for outcome in outcomes:
             if isinstance(outcome, BaseException):
@@ -91,11 +113,16 @@ class ToolRunner:
         await self.aclose()
 
     async def _run_one(self, call: ToolCall) -> ToolResult:
+        if call.name not in self._turns:
+            return await self._result(call)
+        async with self._turns[call.name]:
+            return await self._result(call)
+
+    async def _result(self, call: ToolCall) -> ToolResult:
         start = time.perf_counter()
         text, status = await self._with_retries(call)
         # A lone surrogate (JSON escapes can make one) has no tokens.
-        text = text.encode("utf-8", "replace").decode("utf-8")
-        text = cut_middle(text, self.max_output_chars)
+        text = cut_middle(text, self.max_output_chars).encode("utf-8", "replace").decode("utf-8")
         return ToolResult(call, text, status, time.perf_counter() - start)
 
     async def _with_retries(self, call: ToolCall) -> tuple[str, CallStatus]:
@@ -107,40 +134,44 @@ class ToolRunner:
         for attempt in range(self.retries + 1):
             try:
                 return await self._attempt(call)
-            except InfrastructureError:
+            except InfrastructureError as error:
                 if attempt == self.retries:
+                    error.kind = error.kind or "tool"
                     raise
-                await asyncio.sleep(self.backoff_s * 2**attempt)
+                await asyncio.sleep(min(self.backoff_s * 2 ** min(attempt, 16), LONGEST_WAIT_S))
         raise AssertionError("unreachable")
 
     async def _attempt(self, call: ToolCall) -> tuple[str, CallStatus]:
         """One attempt. A call that does not heed its cancellation is left behind."""
         own: float | None = getattr(self.tools[call.name], "timeout_s", None)
         timeout_s = self.timeout_s if own is None else own
-        task = asyncio.ensure_future(self._guarded(call))
         try:
-            await asyncio.wait({task}, timeout=timeout_s)
-            if task.done() and not task.cancelled():
-                return task.result()
-            if task.cancelled():
-                return "CancelledError: the tool cancelled itself", "tool_error"
+            return await within(self._guarded(call), timeout_s)
+        except Late:
             return f"{call.name} gave no result within {timeout_s:g} s.", "timeout"
-        finally:
-            task.cancel()
+        except CancelledItself:
+            return "CancelledError: the tool cancelled itself", "tool_error"
 
     async def _guarded(self, call: ToolCall) -> tuple[str, CallStatus]:
         try:
             return await self._session(call.name).call(call.arguments), "ok"
         except ModelError as error:
-            return str(error), "model_error"
+            return _message(error), "model_error"
         except ToolError as error:
-            return str(error), "tool_error"
-        except (InfrastructureError, UserError):
+            return _message(error), "tool_error"
+        except (InfrastructureError, UserError, GeneratorExit, asyncio.CancelledError):
             raise
-        except Exception as error:
-            return f"{type(error).__name__}: {error}", "tool_error"
+        except BaseException as error:  # SystemExit too, which would end the event loop
+            return f"{type(error).__name__}: {_message(error)}", "tool_error"
 
     def _session(self, name: str) -> ToolSession:
         if name not in self._sessions:
             self._sessions[name] = self.tools[name].session()
         return self._sessions[name]
+
+
+def _message(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception as worse:
+        return f"(its message cannot be shown: {type(worse).__name__})"

@@ -1,0 +1,94 @@
+"""Rollouts that infrastructure lost: counted, written down, and made up for by nobody.
+
+A step goes on with what survives. It ends the run only when nothing has survived for several steps.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from retrain.config.algorithm import TOKEN_ADVANTAGES
+from retrain.config.root import TrainingConfig
+from retrain.engines.torch_engine import TorchEngine
+from retrain.tracking.run_dir import RunDirectory
+from retrain.types import Rollout, UserError
+
+logger = logging.getLogger(__name__)
+
+
+def smallest_group(config: TrainingConfig) -> int:
+    """Fewest survivors of a group that teaches."""
+    given = config.rollout.min_group_size
+    if given is not None:
+        return given
+    return 1 if config.algorithm.hyperparameters.advantage in TOKEN_ADVANTAGES else 2
+
+
+def large_enough(group: Sequence[Rollout], least: int) -> bool:
+    """Whether as many rollouts of a group survived."""
+    return sum(rollout.error is None for rollout in group) >= least
+
+
+def write_failures(
+    run: RunDirectory, stage: str, step: int, rollouts: Sequence[Rollout], place: str = ""
+) -> None:
+    """Add the failed attempts to failures.jsonl, and warn of what is masked."""
+    run.log_failures(stage, step, rollouts)
+    errors = [rollout.error for rollout in rollouts if rollout.error is not None]
+    if errors:
+        logger.warning(
+            "%s: %d of %d rollouts are masked; the first: %s",
+            *(place or f"{stage} step {step}", len(errors), len(rollouts), errors[0]),
+        )
+
+
+class Losses:
+    """What the steps of one stage lost.
+
+    Args:
+        max_lost_steps: so many steps in a row without a survivor end the run.
+    """
+
+    def __init__(
+        self, stage: str, run: RunDirectory, engine: TorchEngine, *, max_lost_steps: int
+    ) -> None:
+        self._stage = stage
+        self._run = run
+        self._engine = engine
+        self._max_lost_steps = max_lost_steps
+        self._restarts = engine.restarts
+        self._lost_steps = 0
+        self._first_cause = ""
+
+    def observe(self, step: int, groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+        """Write a step's failures down; what is to be reported of the engine."""
+        rollouts = [rollout for group in groups for rollout in group]
+        write_failures(self._run, self._stage, step, rollouts)
+        if any(rollout.error is None for rollout in rollouts):
+            self._lost_steps, self._first_cause = 0, ""
+        else:
+            self._lost_steps += 1
+            self._first_cause = self._first_cause or str(rollouts[0].error)
+        restarts, self._restarts = self._engine.restarts - self._restarts, self._engine.restarts
+        return {"engine/restarts": float(restarts)} if restarts else {}
+
+    @property
+    def streak(self) -> int:
+        """Steps since the last one with a survivor."""
+        return self._lost_steps
+
+    def check(self, step: int) -> None:
+        """
+        Raises:
+            UserError: this was one lost step too many.
+        """
+        if self._lost_steps < self._max_lost_steps:
+            return
+        steps = "this step" if self._lost_steps == 1 else f"the last {self._lost_steps} steps"
+        raise UserError(
+            f"{self._stage} step {step}: every rollout of {steps} was lost; "
+            f"the first cause: {self._first_cause}",
+            f"{self._run.path / 'failures.jsonl'} lists them. Repair what failed, then continue "
+            "with --resume; rollout.max_lost_steps sets how many such steps end the run.",
+        )
