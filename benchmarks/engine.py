@@ -5,9 +5,11 @@
 A tiny Qwen3 made here (d=64, 3 layers), 16 prompts x 8 rollouts, ragged lengths. A random model
 never ends by itself, so each rollout has its own token budget; `generate` runs one batch to the
 longest of them and only the tokens within each budget count as useful ("all" counts the rest
-too). Prompts have 20 to 40 tokens, 200 to 400 in the last variant. In the tool variant each
+too). Prompts have 20 to 40 tokens, 200 to 400 where they are long. In the tool variant each
 rollout gets 6 tokens of tool output in the middle: the engine goes on from its cache, `generate`
-starts again from the whole conversation. The two take turns; medians are printed.
+starts again from the whole conversation. "deterministic" is the engine with `deterministic=True`;
+in the last variant all prompts have 400 tokens and begin alike, which it cannot read once for all
+rows. The contenders take turns; medians are printed.
 """
 
 from __future__ import annotations
@@ -56,11 +58,14 @@ def demo_model() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
-def make_plans(turns: int, longest: int, seed: int, shortest: int) -> list[Plan]:
-    """Prompts of `shortest` to twice as many tokens."""
+def make_plans(turns: int, longest: int, seed: int, shortest: int, alike: int) -> list[Plan]:
+    """Prompts of `shortest` to twice as many tokens; or all of them `shortest` long, the first
+    `alike` tokens equal."""
     rng = np.random.default_rng(seed)
-    sizes = rng.integers(shortest, 2 * shortest + 1, PROMPTS)
+    most = shortest if alike else 2 * shortest
+    sizes = rng.integers(shortest, most + 1, PROMPTS)
     prompts = [rng.integers(0, VOCAB, size).tolist() for size in sizes]
+    prompts = [prompts[0][:alike] + prompt[alike:] for prompt in prompts]
     plans = []
     for prompt in prompts:
         for _ in range(GROUP):
@@ -106,12 +111,17 @@ def run_generate(model: Qwen3ForCausalLM, plans: list[Plan]) -> tuple[int, int]:
     return sum(sum(plan.budgets) for plan in plans), everything
 
 
-async def compare(name: str, turns: int, longest: int, repeats: int, prompt: int = 20) -> None:
+async def compare(
+    name: str, turns: int, longest: int, repeats: int, *, prompt: int = 20, alike: int = 0
+) -> None:
     model = demo_model()
     engine = TorchEngine(model, max_slots=PROMPTS * GROUP)
-    ours, theirs, theirs_all = [], [], []
+    exact = TorchEngine(model, max_slots=PROMPTS * GROUP, deterministic=True)
+    ours, exactly, theirs, theirs_all = [], [], [], []
     for repeat in range(repeats + 1):
-        plans = make_plans(turns, longest, repeat, prompt)
+        plans = make_plans(turns, longest, repeat, prompt, alike)
+        start = time.perf_counter()
+        await run_engine(exact, plans)
         begin = time.perf_counter()
         tokens = await run_engine(engine, plans)
         middle = time.perf_counter()
@@ -119,15 +129,20 @@ async def compare(name: str, turns: int, longest: int, repeats: int, prompt: int
         end = time.perf_counter()
         if repeat > 0:  # the first is a warm-up
             ours.append(tokens / (middle - begin))
+            exactly.append(tokens / (begin - start))
             theirs.append(useful / (end - middle))
             theirs_all.append(everything / (end - middle))
-        await engine.update_weights(repeat + 1)
+        for one in (engine, exact):
+            await one.update_weights(repeat + 1)
     await engine.close()
+    await exact.close()
     ratio = median(a / b for a, b in zip(ours, theirs, strict=True))
     ratio_all = median(a / b for a, b in zip(ours, theirs_all, strict=True))
     print(
-        f"{name:12s} engine {median(ours):8.0f} tok/s   generate {median(theirs):8.0f} useful, "
-        f"{median(theirs_all):8.0f} all   ratio {ratio:.2f} useful, {ratio_all:.2f} all"
+        f"{name:13s} engine {median(ours):8.0f} tok/s   generate {median(theirs):8.0f} useful, "
+        f"{median(theirs_all):8.0f} all   ratio {ratio:.2f} useful, {ratio_all:.2f} all   "
+        f"deterministic {median(exactly):8.0f} tok/s, "
+        f"{median(a / b for a, b in zip(exactly, ours, strict=True)):.2f} of the engine"
     )
 
 
@@ -140,6 +155,7 @@ def main() -> None:
     asyncio.run(compare("single turn", 1, 64, arguments.repeats))
     asyncio.run(compare("tool call", 2, 32, arguments.repeats))
     asyncio.run(compare("long prompts", 1, 64, arguments.repeats, prompt=200))
+    asyncio.run(compare("alike prompts", 1, 64, arguments.repeats, prompt=400, alike=380))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import retrain
 from conftest import LISTEN_TO_CTRL_C
 from retrain.cli import app
 from retrain.config import TrainingConfig
+from retrain.loops.interrupt import Interrupted
 from retrain.types import UserError
 
 CONFIG = """\
@@ -45,11 +46,15 @@ class Recorder:
     def __init__(self) -> None:
         self.configs: list[TrainingConfig] = []
         self.only: list[str | None] = []
+        self.resume: list[str | None] = []
         self.error: BaseException | None = None
 
-    async def run(self, config: TrainingConfig, *, only: str | None = None) -> None:
+    async def run(
+        self, config: TrainingConfig, *, only: str | None = None, resume: str | None = None
+    ) -> None:
         self.configs.append(config)
         self.only.append(only)
+        self.resume.append(resume)
         if self.error is not None:
             raise self.error
 
@@ -166,11 +171,44 @@ def test_the_users_error_is_found_in_a_group(config: str, loops: Recorder) -> No
     assert invoke("run", config).stderr.startswith("error: KeyError: 'k'\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), None),
+        (("--resume",), "latest"),
+        (("--resume", "--set", "seed=1"), "latest"),
+        (("--resume", "auto"), "auto"),
+        (("--resume=runs/poem-003",), "runs/poem-003"),
+    ],
+)
+def test_resume_may_stand_alone(
+    arguments: tuple[str, ...], expected: str | None, config: str, loops: Recorder
+) -> None:
+    for command in ("run", "sft"):
+        assert invoke(command, config, *arguments).exit_code == 0
+        assert loops.resume[-1] == expected
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_run_that_was_stopped_says_how_it_goes_on(
+    number: int, code: int, config: str, loops: Recorder
+) -> None:
+    stopped = Interrupted(number)
+    stopped.checkpoint = "runs/poem-001/checkpoints/rl-000004"
+    loops.error = stopped
+    result = invoke("run", config)
+    assert result.exit_code == code
+    assert result.stderr == (
+        "interrupted; saved: runs/poem-001/checkpoints/rl-000004\n"
+        "  Go on with the same command and --resume.\n"
+    )
+
+
 def test_ctrl_c_is_one_line(config: str) -> None:
     code = (
         "import asyncio, sys, types\n"
         "module = types.ModuleType('retrain.loops.run')\n"
-        "async def run(config, *, only=None):\n"
+        "async def run(config, *, only=None, resume=None):\n"
         "    print('started', flush=True)\n"
         "    await asyncio.sleep(60)\n"
         "module.run = run\n"
@@ -234,7 +272,7 @@ def test_logging_follows_the_config(level: str, shown: list[str], config: str) -
     code = (
         "import logging, sys, types, warnings, os\n"
         "module = types.ModuleType('retrain.loops.run')\n"
-        "async def run(config, *, only=None):\n"
+        "async def run(config, *, only=None, resume=None):\n"
         "    logging.getLogger('retrain.x').info('a')\n"
         "    logging.getLogger('retrain.x').warning('b')\n"
         "    logging.getLogger('transformers').warning('chatter')\n"

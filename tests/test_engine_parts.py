@@ -160,7 +160,7 @@ def test_prefix_sharing() -> None:
     assert table.shared_prefix(1, prompt) == 2
     assert table.best_donor(prompt, table.length) == (0, 3)
     table.forget()
-    assert table.best_donor(prompt)[1] == 0
+    assert table.best_donor(prompt, table.length)[1] == 0
 
 
 @given(st.lists(st.integers(1, 5_000), min_size=1, max_size=40))

@@ -42,6 +42,7 @@ EVERYTHING = (*PIECES, "loops", "backends", "native", "viewer", "recipes")
 
 RULES: dict[str, tuple[str, ...]] = {
     "types": (),
+    "version": (),
     "importing": ("types",),
     "config": ("types",),
     "algorithms": (),
@@ -60,11 +61,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "learner": ("types", "config", "models", "algorithms"),
     "tracking": ("types", "config"),
     "loops.credit": ("types", "algorithms"),
-    "loops": (*PIECES, "loops.credit"),
+    "loops": (*PIECES, "loops.credit", "version"),
     "backends": PIECES,
     "native": (*PIECES, "loops.credit"),
     "recipes": ("config",),
-    "retrain": ("types", "config"),
+    "retrain": ("types", "config", "version"),
     "cli": ("config", "retrain"),
 }
 

@@ -1,8 +1,11 @@
-"""Ctrl-C in the middle of a run: one line, exit code 130, and nobody left behind."""
+"""Ctrl-C in the middle of a run: saved, exit code 130, and nobody left behind."""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +17,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from conftest import LISTEN_TO_CTRL_C
+from retrain.envs import Environment
+from retrain.tracking.checkpoints import read_checkpoint
+from retrain.types import Message, Task
 from runs import hyperparameters, rl_config, sft_section
 from sandboxes import descendants, is_running
 
@@ -83,10 +89,45 @@ def test_ctrl_c(stage: str, tmp_path: Path) -> None:
         stdout, stderr = process.communicate(timeout=20)
         assert time.monotonic() - started < 10
         assert process.returncode == 130, stderr
-        assert stderr == "interrupted\n"
+        said = re.fullmatch(
+            r"stopping; once more to leave at once without saving\n"
+            r"interrupted; saved: (.*)\n  Go on with the same command and --resume\.\n",
+            stderr,
+        )
+        assert said, stderr
+        assert read_checkpoint(Path(said[1])).damage() is None
         assert "run directory: " in stdout
         assert wait_for(lambda: not session_members(process.pid), 5), session_members(process.pid)
         assert wait_for(lambda: not any(map(is_running, workers)), 5)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    """The world hangs, and does not let itself be cancelled either."""
+    config = rl_config(
+        tmp_path / "runs",
+        environment={"type": "python", "path": "test_loops_interrupt:Stubborn"},
+    )
+    process = start(config, tmp_path)
+    try:
+        metrics = tmp_path / "runs" / "t-001" / "run.json"
+        assert wait_for(metrics.exists, 60)
+        time.sleep(1.0)
+        os.kill(process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        assert process.poll() is None
+        os.kill(process.pid, signal.SIGTERM)
+        process.wait(5)
+        assert process.returncode == 143
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+class Stubborn(Environment):
+    async def reset(self, task: Task) -> list[Message]:
+        while True:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.sleep(3600)

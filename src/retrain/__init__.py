@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from retrain.version import __version__
+
 if TYPE_CHECKING:
     from retrain.config.load import load_config
     from retrain.config.root import TrainingConfig
@@ -26,8 +28,6 @@ if TYPE_CHECKING:
         ToolCall,
         UserError,
     )
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "BoxedReward": "retrain.native",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import logging
 import os
@@ -13,9 +14,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from typer.core import TyperCommand
 
 from retrain import __version__
 from retrain.types import UserError
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 Only = Literal["sft", "eval"]
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
-"""Exit codes: a mistake in config, data or code of the user's; any other error; Ctrl-C."""
+"""Exit codes: a mistake in config, data or code of the user's; any other error; Ctrl-C. SIGTERM is
+143; docs/failures.md lists them."""
 
 _THIRD_PARTY = ("accelerate", "huggingface_hub", "peft", "torch", "transformers")
 
@@ -51,6 +54,14 @@ Set = Annotated[
 OutputDir = Annotated[
     Path | None, typer.Option(help="Where run directories go, instead of the config's output_dir.")
 ]
+Resume = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[RUN]",
+        help="Go on with a run that was stopped: the newest one; with `auto`, that one unless it "
+        "is complete or there is none; with the path of a run directory, that one.",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
@@ -72,16 +83,28 @@ def _root(
     """Train language models to act: tools, several turns, verifiable rewards."""
 
 
-@app.command("run")
+class ResumingCommand(TyperCommand):
+    """A command whose `--resume` may stand alone, for `--resume latest`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for arg, after in itertools.zip_longest(args, args[1:], fillvalue="-"):
+            alone = arg == "--resume" and after.startswith("-")
+            given.append("--resume=latest" if alone else arg)
+        return super().parse_args(ctx, given)
+
+
+@app.command("run", cls=ResumingCommand)
 def run_command(
     config: ConfigFile,
     overrides: Set = None,
     output_dir: OutputDir = None,
+    resume: Resume = None,
     debug: Debug = False,
 ) -> None:
     """Run a config: all of its stages."""
     with _errors(debug):
-        _run(config, _overrides(overrides, output_dir))
+        _run(config, _overrides(overrides, output_dir), resume=resume)
 
 
 @app.command()
@@ -106,16 +129,17 @@ def demo(
         _run(recipe, _overrides(overrides, output_dir, seed))
 
 
-@app.command()
+@app.command(cls=ResumingCommand)
 def sft(
     config: ConfigFile,
     overrides: Set = None,
     output_dir: OutputDir = None,
+    resume: Resume = None,
     debug: Debug = False,
 ) -> None:
     """Run only the SFT stages of a config."""
     with _errors(debug):
-        _run(config, _overrides(overrides, output_dir), only="sft")
+        _run(config, _overrides(overrides, output_dir), only="sft", resume=resume)
 
 
 @app.command("eval")
@@ -148,11 +172,19 @@ def main() -> None:
     app()
 
 
-def _run(path: Path, overrides: list[str], only: Only | None = None) -> None:
+def _run(
+    path: Path, overrides: list[str], only: Only | None = None, resume: str | None = None
+) -> None:
     config = _load(path, overrides, only)
+    from retrain.loops.interrupt import Interrupted
     from retrain.loops.run import run
 
-    asyncio.run(run(config, only=only))
+    try:
+        asyncio.run(run(config, only=only, resume=resume))
+    except Interrupted as interrupted:
+        _say(f"interrupted; saved: {interrupted.checkpoint or 'nothing, there was nothing new'}")
+        _say("  Go on with the same command and --resume.")
+        raise typer.Exit(interrupted.exit_code) from None
 
 
 def _load(path: Path, overrides: list[str], only: Only | None = None) -> TrainingConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -78,6 +78,28 @@ def make_optimizers(
         for group in optimizer.param_groups:
             group["peak"] = learning_rate
     return optimizers
+
+
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Tensor]:
+    """What optimizers remember of the steps they made, by `optimizer/parameter/name`."""
+    return {
+        f"{number}/{parameter}/{name}": tensor
+        for number, optimizer in enumerate(optimizers)
+        for parameter, remembered in optimizer.state_dict()["state"].items()
+        for name, tensor in remembered.items()
+    }
+
+
+def restore_optimizers(
+    optimizers: Sequence[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `optimizer_tensors` gave, into optimizers of the same make."""
+    remembered: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for key, tensor in tensors.items():
+        number, parameter, name = key.split("/")
+        remembered[int(number)].setdefault(int(parameter), {})[name] = tensor
+    for optimizer, state in zip(optimizers, remembered, strict=True):
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
 def _is_table(parameter_name: str) -> bool:

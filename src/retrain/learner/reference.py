@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,26 @@ class Reference:
                 self._adapters = None
             else:
                 self._adapters = [p.detach().clone() for p in self._trainable()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept of the policy, by the names of what trains of it; nothing where the model
+        without its adapters is the reference."""
+        names = [name for name, p in self._policy.named_parameters() if p.requires_grad]
+        if self._copy is not None:
+            kept = dict(self._copy.named_parameters())
+            return {name: kept[name] for name in names}
+        return dict(zip(names, self._adapters or [], strict=self._adapters is not None))
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """The reference is now what `tensors` gave."""
+        if self._copy is None:
+            names = [name for name, p in self._policy.named_parameters() if p.requires_grad]
+            self._adapters = [tensors[name].clone() for name in names] if tensors else None
+            return
+        with torch.no_grad():
+            for name, parameter in self._copy.named_parameters():
+                if name in tensors:
+                    parameter.copy_(tensors[name])
 
     @contextmanager
     def model(self) -> Iterator[nn.Module]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,13 @@ from retrain.algorithms import Aggregation, value_loss
 from retrain.learner.batch import Batch, micro_batches
 from retrain.learner.critic import Critic
 from retrain.learner.objectives import Objective, Predictions
-from retrain.learner.optim import OptimizerName, Schedule, make_optimizers
+from retrain.learner.optim import (
+    OptimizerName,
+    Schedule,
+    make_optimizers,
+    optimizer_tensors,
+    restore_optimizers,
+)
 from retrain.learner.reference import Reference
 from retrain.models.scores import Scores, scores, selected_logprobs, spread
 from retrain.models.tree import packs_exactly
@@ -93,6 +99,25 @@ class TorchLearner:
         self.critic_optimizers = (
             [] if critic is None else optimizers(critic, critic_learning_rate or learning_rate)
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint needs besides the weights: the state of the optimizers."""
+        named = {"policy": self.optimizers, "critic": self.critic_optimizers}
+        return {
+            f"{whose}/{key}": tensor
+            for whose, optimizers in named.items()
+            for key, tensor in optimizer_tensors(optimizers).items()
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
+        """Go on as after `updates` updates, with what `tensors` gave then."""
+        self.updates = updates
+        named = {"policy": self.optimizers, "critic": self.critic_optimizers}
+        for whose, optimizers in named.items():
+            mine = (key for key in tensors if key.startswith(f"{whose}/"))
+            restore_optimizers(
+                optimizers, {key.removeprefix(f"{whose}/"): tensors[key] for key in mine}
+            )
 
     @property
     def device(self) -> torch.device:

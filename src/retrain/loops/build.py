@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from retrain.config.environment import (
 from retrain.config.model import ModelConfig
 from retrain.config.rewards import RewardConfig, RewardSetup, RolloutRewardConfig
 from retrain.config.root import TrainingConfig
-from retrain.engines import SamplingParams
+from retrain.engines import Engine, SamplingParams
 from retrain.engines.torch_engine import TorchEngine
 from retrain.envs import (
     DialogueEnvironment,
@@ -58,7 +59,7 @@ from retrain.rewards import (
     resolve_verifier,
     takes_sandbox,
 )
-from retrain.rollout import ModelUser
+from retrain.rollout import ModelUser, Sampler
 from retrain.sandbox import Sandbox, make_sandbox
 from retrain.tools import Tool, resolve_tool
 from retrain.types import UserError
@@ -91,6 +92,7 @@ def build_engine(config: TrainingConfig, policy: Policy) -> TorchEngine:
         max_slots=config.engine.max_slots,
         context_limit=limit,
         num_threads=config.engine.num_threads,
+        deterministic=config.engine.deterministic,
     )
 
 
@@ -234,7 +236,11 @@ def _load_user(model: ModelConfig, config: TrainingConfig) -> UserModel:
     policy = load_policy(model, seed=config.seed)
     policy.model.requires_grad_(False)
     engine = TorchEngine(
-        policy.model, tokenizer=policy.tokenizer, max_slots=config.engine.max_slots
+        policy.model,
+        tokenizer=policy.tokenizer,
+        max_slots=config.engine.max_slots,
+        num_threads=config.engine.num_threads,
+        deterministic=config.engine.deterministic,
     )
     codec = Codec(policy.tokenizer, _model_stop_tokens(policy))
     return UserModel(engine, Renderer(codec, make_template(policy.tokenizer)))
@@ -254,6 +260,29 @@ def import_environment(section: PythonEnvironmentConfig) -> Environment:
             f"environment.params do not fit {section.path}: {error}",
             f"Its parameters: {inspect.signature(kind)}.",
         ) from error
+
+
+def build_sampler(
+    config: TrainingConfig,
+    environment: Environment,
+    engine: Engine,
+    renderer: Renderer,
+    params: SamplingParams,
+) -> Sampler:
+    """The sampler, with the deadlines and retries of the section `rollout`."""
+    section = config.rollout
+    return Sampler(
+        environment=environment,
+        engine=engine,
+        renderer=renderer,
+        params=params,
+        run_seed=config.seed,
+        turn_timeout_s=section.turn_limit_s,
+        timeout_s=section.timeout_s,
+        retries=section.retries,
+        backoff_s=section.backoff_s,
+        max_concurrency=section.max_concurrency,
+    )
 
 
 def build_calculator(setup: RewardSetup, sandbox: Sandbox) -> RewardCalculator:
@@ -280,8 +309,8 @@ def _spec(key: str, config: RewardConfig, kind: RewardKind, sandbox: Sandbox) ->
     strategy: DistributionStrategy = "last_step"
     if isinstance(config, RolloutRewardConfig):
         strategy = config.distribution_strategy
-    function = resolve_reward(config.function or key, kind)
     params: dict[str, Any] = dict(config.params)
+    function = resolve_reward(config.function or key, kind)
     if takes_sandbox(function):
         if "sandbox" in params:
             raise UserError(
@@ -289,6 +318,8 @@ def _spec(key: str, config: RewardConfig, kind: RewardKind, sandbox: Sandbox) ->
                 "remove it, and set the section sandbox",
             )
         params["sandbox"] = sandbox
+    if inspect.isclass(function):
+        function, params = _reward_object(key, function, params), {}
     return RewardSpec(
         name=key,
         function=function,
@@ -299,6 +330,23 @@ def _spec(key: str, config: RewardConfig, kind: RewardKind, sandbox: Sandbox) ->
         verifier_penalty=config.verifier_penalty,
         distribution_strategy=strategy,
     )
+
+
+def _reward_object(key: str, kind: type[Any], params: dict[str, Any]) -> Callable[..., Any]:
+    """The one object of a reward class that serves a stage."""
+    try:
+        made: Any = kind(**params)
+    except TypeError as error:
+        raise UserError(
+            f"reward '{key}': params do not fit {kind.__name__}: {error}",
+            f"Its parameters: {inspect.signature(kind)}.",
+        ) from error
+    if not callable(made):
+        raise UserError(
+            f"reward '{key}': {kind.__name__} has no __call__", "Give it one: (self, rollout)."
+        )
+    scored: Callable[..., Any] = made
+    return scored
 
 
 def build_learner(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from retrain.config.algorithm import Hyperparameters, Optimization
 from retrain.config.environment import (
@@ -11,7 +11,7 @@ from retrain.config.environment import (
     ToolEnvironmentConfig,
 )
 from retrain.config.load import resolve_stages
-from retrain.config.root import StageKind, TrainingConfig
+from retrain.config.root import READ_BY, StageKind, TrainingConfig
 from retrain.config.stages import SandboxConfig
 from retrain.data import load_tasks
 from retrain.loops.build import (
@@ -24,7 +24,7 @@ from retrain.loops.build import (
 from retrain.loops.evaluate import held_out_tasks
 from retrain.loops.sft import traces_and_steps
 from retrain.loops.update import check_critic
-from retrain.models.load import check_origin
+from retrain.models.load import check_origin, choose_device
 from retrain.rewards import RewardCalculator
 
 
@@ -42,10 +42,46 @@ def check(config: TrainingConfig) -> str:
         f"run directory {config.output_dir}/{config.experiment_name}-NNN",
         f"model: {check_origin(config.model)}",
     ]
-    for number, (name, kind, stage) in enumerate(resolve_stages(config), 1):
+    stages = resolve_stages(config)
+    for number, (name, kind, stage) in enumerate(stages, 1):
         lines.append(f"stage {number}, {name} ({kind}):")
         lines += [f"  {line}" for line in _describe(kind, stage)]
+    lines += [f"note: {line}" for line in _idle_sections(config, stages)]
+    lines.append(f"resuming: {_resuming(config, [kind for _, kind, _ in stages])}")
     return "\n".join(lines)
+
+
+def _idle_sections(
+    config: TrainingConfig, stages: Sequence[tuple[str, StageKind, TrainingConfig]]
+) -> Iterator[str]:
+    """Sections that no stage reads. They may be there for another day, so none is refused."""
+    read = {name for _, kind, _ in stages for name in READ_BY[kind]}
+    for name in config.changed(*dict.fromkeys(n for names in READ_BY.values() for n in names)):
+        if name not in read:
+            readers = " or ".join(kind for kind, names in READ_BY.items() if name in names)
+            yield f"{name} does nothing: no stage is of kind {readers}"
+    if config.sandbox != SandboxConfig() and not any(
+        kind != "sft" and runs_code(stage) for _, kind, stage in stages
+    ):
+        yield "sandbox does nothing: neither a tool nor a reward runs code"
+
+
+def _resuming(config: TrainingConfig, kinds: Sequence[StageKind]) -> str:
+    """Whether a run that is stopped and resumed ends with the bits of one that is not."""
+    reasons = []
+    if (device := choose_device(config.model.device)).type != "cpu":
+        reasons.append(f"model.device is {device}")
+    if config.model.torch_dtype != "float32":
+        reasons.append(f"model.torch_dtype is {config.model.torch_dtype}")
+    generates = any(kind != "sft" for kind in kinds)
+    if generates and config.engine.deterministic is False:
+        reasons.append("engine.deterministic is false")
+    if reasons:
+        return f"goes on, but not bit for bit: {', '.join(reasons)}"
+    own = "if tools, rewards and data functions give the same again"
+    if generates and config.engine.deterministic is None:
+        own += ", and the model lets the engine be deterministic, which a run finds out and says"
+    return f"bit for bit, {own}"
 
 
 def _describe(kind: StageKind, config: TrainingConfig) -> Iterator[str]:
@@ -66,6 +102,9 @@ def _sft(config: TrainingConfig) -> Iterator[str]:
     traces, steps = traces_and_steps(config, settings)
     yield f"traces: {len(traces)} from {settings.dataset}"
     yield f"{steps} steps of {settings.batch_size}, {settings.optimizer}, {_rate(settings)}"
+    if settings.warmup_steps >= steps:
+        yield f"note: warmup_steps {settings.warmup_steps} leaves no step at the learning rate"
+    yield from _late_checkpoints(config, steps)
 
 
 def _rl(config: TrainingConfig) -> Iterator[str]:
@@ -80,6 +119,16 @@ def _rl(config: TrainingConfig) -> Iterator[str]:
     )
     yield from (f"  {line}" for line in describe_choices(settings))
     check_critic(settings)
+    yield from _late_checkpoints(config, settings.steps)
+    every = None if config.evaluation is None else config.evaluation.every_steps
+    if every is not None and every > settings.steps:
+        yield f"note: evaluation.every_steps {every} never comes in {settings.steps} steps"
+
+
+def _late_checkpoints(config: TrainingConfig, steps: int) -> Iterator[str]:
+    every = config.checkpoint.every_steps
+    if every is not None and every >= steps:
+        yield f"note: checkpoint.every_steps {every} adds none to that after {steps} steps"
 
 
 def describe_choices(settings: Hyperparameters) -> Iterator[str]:
@@ -90,8 +139,10 @@ def describe_choices(settings: Hyperparameters) -> Iterator[str]:
     )
     yield f"loss: {settings.loss}{_clip(settings)}; aggregation: {_aggregation(settings)}"
     yield f"updates a step: {settings.epochs} x {settings.mini_batches} (epochs x mini-batches)"
-    if settings.epochs * settings.mini_batches == 1:
+    if settings.updates == 1:
         yield "  (the ratio is 1 in a step's only update: clip bounds do not act)"
+    elif settings.loss == "reinforce":
+        yield "  (reinforce weighs no ratio: nothing corrects that later updates are off-policy)"
     if settings.entropy_coefficient:
         yield f"entropy bonus: {settings.entropy_coefficient:g}"
     if (kl := settings.kl) is not None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import heapq
-import shutil
-from dataclasses import dataclass, field
-
-from torch import nn
+import logging
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 
 from retrain.config.root import TrainingConfig
 from retrain.data import TaskSource
@@ -14,13 +16,18 @@ from retrain.data.sources import TaskStream
 from retrain.engines.torch_engine import TorchEngine
 from retrain.learner import Critic, NotFiniteError
 from retrain.loops.build import UserModel
+from retrain.loops.checkpoint import RunState, Saved, Training, backbone, write_state
+from retrain.loops.interrupt import Interrupted, Stop
 from retrain.models import Policy, save_policy
 from retrain.rollout import Sampler
 from retrain.sandbox import Sandbox
+from retrain.tracking.checkpoints import Checkpoints
 from retrain.tracking.progress import Progress
 from retrain.tracking.report import EvaluationResult
 from retrain.tracking.run_dir import RunDirectory
 from retrain.types import Rollout, UserError
+
+logger = logging.getLogger(__name__)
 
 _PROMPTS_RENDERED = 16
 
@@ -29,7 +36,8 @@ _PROMPTS_RENDERED = 16
 class RunContext:
     """The one policy that the stages train in turn, and where its run is written down.
 
-    `run` and `progress` are set once every stage is prepared: before that nothing is written.
+    `run`, `progress` and `stop` are set once every stage is prepared: before that nothing is
+    written.
     """
 
     policy: Policy
@@ -38,17 +46,28 @@ class RunContext:
     user_models: dict[str, UserModel] = field(default_factory=dict)
     """Models that play users, loaded once however many stages and modes use them."""
     critic: Critic | None = None
-    """Of the last stage of RL, if it had one."""
+    """Of the present stage of RL, or the last one, if it had one."""
     version: int = 0
     """Optimizer updates so far, over all stages."""
     results: list[EvaluationResult] = field(default_factory=list)
     last_metrics: dict[str, float] = field(default_factory=dict)
+    latest: dict[str, float] = field(default_factory=dict)
+    """Each metric's latest value, of training and of evaluation."""
     checkpoint: str | None = None
+    resumed: Saved | None = None
+    """What the run goes on from, until its stage has taken it."""
+    _saved_at: tuple[str, int, bool] | None = None
+    _unrated: set[str] = field(default_factory=set)
     _run: RunDirectory | None = None
     _progress: Progress | None = None
+    _stop: Stop | None = None
 
-    def begin(self, run: RunDirectory, progress: Progress) -> None:
-        self._run, self._progress = run, progress
+    def begin(self, run: RunDirectory, progress: Progress, stop: Stop) -> None:
+        self._run, self._progress, self._stop = run, progress, stop
+        self.latest = run.latest_metrics()
+        if self.resumed is not None:
+            rows = run.metrics_of(self.resumed.state.stage)
+            self.last_metrics = rows[-1] if rows else {}
 
     @property
     def run(self) -> RunDirectory:
@@ -60,43 +79,121 @@ class RunContext:
         assert self._progress is not None
         return self._progress
 
+    @property
+    def stop(self) -> Stop:
+        assert self._stop is not None
+        return self._stop
+
+    async def go_on_from(self, saved: Saved) -> None:
+        """Put the policy, and all that stages share, to where a checkpoint left them."""
+        saved.put_policy(self.policy)
+        self.critic = saved.critic(self.policy)
+        self.version = saved.state.version
+        self._saved_at = _place(saved.state)
+        self.results = [EvaluationResult.from_dict(result) for result in saved.state.results]
+        self.checkpoint = str(saved.path)
+        self.resumed = saved
+        await self.engine.update_weights(self.version)
+
+    def take_resumed(self, stage: str) -> Saved | None:
+        """What a stage that was under way goes on from; the first to ask with its name gets it."""
+        saved = self.resumed
+        if saved is None or saved.state.finished or saved.state.stage != stage:
+            return None
+        self.resumed = None
+        return saved
+
     async def weights_changed(self) -> None:
         self.version += 1
         await self.engine.update_weights(self.version)
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
-        self.run.log_metrics(stage, step, metrics)
+        """Write a training step's metrics down, and show them."""
+        self.note(stage, step, metrics)
         self.progress.update(step, metrics)
         self.last_metrics = metrics
 
-    def save_checkpoint(
-        self,
-        stage: str,
-        config: TrainingConfig,
-        step: int | None = None,
-        *,
-        critic: nn.Module | None = None,
-    ) -> None:
-        """Save the policy as checkpoints/<stage>, or checkpoints/<stage>-<step> on the way."""
-        directory = self.run.directory("checkpoints")
-        name = stage if step is None else f"{stage}-{step:06d}"
-        saved = save_policy(
-            self.policy, directory / name, merge_lora=config.checkpoint.merge_lora, critic=critic
+    def note(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        """Write metrics down."""
+        self.run.log_metrics(stage, step, metrics)
+        self.latest |= {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+    def stand(self, state: RunState) -> RunState:
+        """A stage's state with what the context knows."""
+        return replace(
+            state,
+            version=self.version,
+            critic=backbone(self.critic),
+            results=[asdict(result) for result in self.results],
+            sizes=self.run.sizes(),
         )
-        self.checkpoint = str(saved)
-        if step is not None:
-            self._drop_old(stage, config.checkpoint.keep_last)
+
+    def save_checkpoint(
+        self, config: TrainingConfig, state: RunState, training: Training | None
+    ) -> None:
+        """Save the policy and the run's state as checkpoints/<stage>, or on the way as
+        checkpoints/<stage>-<step>; then drop those that are not to be kept.
+
+        Raises:
+            UserError: the disk is full or not writable; earlier checkpoints are as they were.
+        """
+        settings = config.checkpoint
+        best = settings.keep_best
+        value = None if best is None else self._rating(state.stage, best.metric)
+
+        def fill(directory: Path) -> None:
+            save_policy(self.policy, directory, merge_lora=settings.merge_lora, critic=self.critic)
+            write_state(directory, state, self.policy, training)
+            self.run.sync_grown()
+
+        checkpoints = Checkpoints(self.run.directory("checkpoints"))
+        name = state.stage if state.finished else f"{state.stage}-{state.step:06d}"
+        about = {"stage": state.stage, "step": state.step, "finished": state.finished}
+        saved = checkpoints.write(name, about | {"value": value}, fill)
+        self.checkpoint = str(saved.path)
+        self._saved_at = _place(state)
+        checkpoints.drop_old(
+            state.stage,
+            keep_last=settings.keep_last,
+            keep_best=0 if best is None else best.count,
+            highest=best is None or best.mode == "max",
+        )
+
+    def _rating(self, stage: str, metric: str) -> float | None:
+        """A metric's latest value; the first time that a stage has none, a warning says so."""
+        value = self.latest.get(metric)
+        if value is None and stage not in self._unrated:
+            self._unrated.add(stage)
+            logger.warning("checkpoint.keep_best: %s has no metric %s yet", stage, metric)
+        return value
+
+    @contextmanager
+    def saved_on_failure(
+        self, config: TrainingConfig, state: RunState, training: Training | None
+    ) -> Iterator[None]:
+        """Whatever stops the run inside, an error or the user, what it has learnt since the last
+        checkpoint is saved first: `state`, which has to be what is in memory then.
+        """
+        try:
+            yield
+        except BaseException as error:
+            if state.step > 0 and _place(state) != self._saved_at:
+                try:
+                    self.save_checkpoint(config, state, training)
+                except Exception as failure:
+                    logger.warning("the state of the run was not saved: %s", failure)
+            if isinstance(error, Interrupted):
+                error.checkpoint = self.checkpoint
+            raise
 
     def write_down(self, error: NotFiniteError, stage: str, step: int) -> UserError:
         """Save the batch of a loss that is not finite; the error then says where it is."""
         path = self.run.write_samples(f"not_finite/{stage}-{step:06d}", error.samples)
         return UserError(f"{stage} step {step}: {error.cause}; its batch: {path}", error.next_step)
 
-    def _drop_old(self, stage: str, keep: int) -> None:
-        directory = self.run.directory("checkpoints")
-        old = sorted(directory.glob(f"{stage}-[0-9][0-9][0-9][0-9][0-9][0-9]"))[:-keep]
-        for path in old:
-            shutil.rmtree(path)
+
+def _place(state: RunState) -> tuple[str, int, bool]:
+    return state.stage, state.step, state.evaluated
 
 
 def check_prompts_fit(tasks: TaskSource, sampler: Sampler, place: str) -> None:

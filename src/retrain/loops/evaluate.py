@@ -12,8 +12,9 @@ from retrain.config.stages import EvaluationConfig, EvaluationMode
 from retrain.data import TaskSource, load_tasks
 from retrain.data.sources import TaskStream
 from retrain.engines import SamplingParams
-from retrain.loops.build import build_calculator, build_environment, build_renderer
+from retrain.loops.build import build_calculator, build_environment, build_renderer, build_sampler
 from retrain.loops.context import RunContext, check_prompts_fit
+from retrain.loops.survivors import write_failures
 from retrain.rewards import RewardCalculator
 from retrain.rollout import Sampler
 from retrain.tracking.progress import summary
@@ -57,18 +58,18 @@ class EvalStage:
         samplers = [
             (
                 mode,
-                Sampler(
-                    environment=build_environment(
+                build_sampler(
+                    config,
+                    build_environment(
                         config,
                         renderer,
                         context.sandbox,
                         tools_enabled=mode.tools,
                         user_models=context.user_models,
                     ),
-                    engine=context.engine,
-                    renderer=renderer,
-                    params=SamplingParams(limit, mode.temperature, mode.top_p, mode.top_k),
-                    run_seed=config.seed,
+                    context.engine,
+                    renderer,
+                    SamplingParams(limit, mode.temperature, mode.top_p, mode.top_k),
                 ),
             )
             for mode in settings.modes
@@ -82,7 +83,7 @@ class EvalStage:
 
     async def execute(self, context: RunContext) -> None:
         context.progress.stage(self.name, total=len(self.samplers), kind="eval")
-        await self.evaluate(context, self.name, step=0, report=True)
+        await context.stop.watch(self.evaluate(context, self.name, step=0, report=True))
 
     async def evaluate(
         self, context: RunContext, stage: str, *, step: int, report: bool
@@ -100,13 +101,14 @@ class EvalStage:
             metrics |= _metrics(result, self.settings.group_by)
             masked = sum(rollout.error is not None for rollout in rollouts)
             metrics[f"eval/{mode.name}/masked"] = float(masked)
+            write_failures(context.run, stage, step, rollouts, f"{stage} step {step}, {mode.name}")
             metrics[f"eval/{mode.name}/seconds"] = time.perf_counter() - started
             if self.config.tracking.rollouts:
                 context.run.write_rollouts(f"{stage}-{_file_name(mode.name)}", step, rollouts)
             if report:
                 context.progress.update(done, metrics)
                 self._write_transcripts(context, stage, mode, rollouts)
-        context.run.log_metrics(stage, step, metrics)
+        context.note(stage, step, metrics)
         if report:
             context.results.extend(results)
         else:

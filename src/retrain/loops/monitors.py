@@ -94,6 +94,10 @@ class Monitors:
                 self._told[alert.name] = step
         return alerts
 
+    def replay(self, steps: Sequence[Metrics]) -> None:
+        """Take up what the stage observed before; what is crossed is told of again."""
+        self._history += steps
+
 
 def check(history: History, thresholds: Mapping[str, float | None]) -> list[Alert]:
     """The monitors that the last step of `history` crosses, in the order of `MONITORS`."""

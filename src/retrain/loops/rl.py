@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from retrain.config.algorithm import TOKEN_ADVANTAGES, Hyperparameters
 from retrain.config.root import TrainingConfig
-from retrain.data import TaskSource, load_tasks
+from retrain.data import Cursor, TaskSource, load_tasks
 from retrain.engines import SamplingParams
 from retrain.learner import NotFiniteError
 from retrain.loops.build import (
     build_calculator,
     build_environment,
     build_renderer,
+    build_sampler,
 )
+from retrain.loops.checkpoint import RunState, Training
 from retrain.loops.context import RunContext, check_prompts_fit
 from retrain.loops.credit import has_variance, punish_overlong, rollout_advantages, sampled_tokens
 from retrain.loops.evaluate import EvalStage
 from retrain.loops.metrics import rollout_metrics
 from retrain.loops.monitors import Monitors
-from retrain.loops.update import PolicyUpdate, build_update, check_critic
+from retrain.loops.survivors import Losses, large_enough, smallest_group
+from retrain.loops.update import build_update, check_critic
 from retrain.rewards import RewardCalculator
 from retrain.rollout import Sampler
 from retrain.types import Rollout, Sample, Task, UserError
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,12 @@ class RLStage:
         assert config.prompt_source is not None
         tasks = load_tasks(config.prompt_source, seed=config.seed)
         renderer = build_renderer(config, context.policy)
-        sampler = Sampler(
-            environment=build_environment(
-                config, renderer, context.sandbox, user_models=context.user_models
-            ),
-            engine=context.engine,
-            renderer=renderer,
-            params=SamplingParams(settings.max_new_tokens, settings.temperature),
-            run_seed=config.seed,
+        sampler = build_sampler(
+            config,
+            build_environment(config, renderer, context.sandbox, user_models=context.user_models),
+            context.engine,
+            renderer,
+            SamplingParams(settings.max_new_tokens, settings.temperature),
         )
         check_prompts_fit(tasks, sampler, "prompt_source")
         check_critic(settings)
@@ -75,22 +73,35 @@ class RLStage:
 
     async def execute(self, context: RunContext) -> None:
         context.progress.stage(self.name, total=self.settings.steps, kind="rl")
-        tasks = endless(self.tasks)
+        tasks = Cursor(self.tasks, place="prompt_source")
         update = build_update(
             self.settings, context.policy, seed=self.config.seed, critic=context.critic
         )
+        context.critic = update.learner.critic
+        training = Training(update.learner, update.reference)
         monitors = Monitors(thresholds(self.config), stage=self.name)
-        for step in range(1, self.settings.steps + 1):
+        most = self.config.rollout.max_lost_steps
+        losses = Losses(self.name, context.run, context.engine, max_lost_steps=most)
+        state = self._resume(context, tasks, training, monitors)
+        if not state.evaluated:
+            with context.saved_on_failure(self.config, state, training):
+                await context.stop.watch(self._evaluate(state.step, context))
+            self._save(state.step, tasks, training, context)
+        for step in range(state.step + 1, self.settings.steps + 1):
+            if not losses.streak:
+                state = self._stand(step - 1, tasks, training, context)
             started = time.perf_counter()
-            groups, chosen = await self._sample(tasks)
+            with context.saved_on_failure(self.config, state, training):
+                context.stop.check()
+                groups, chosen = await context.stop.watch(self._sample(tasks))
             generated = time.perf_counter()
-            _warn_of_masked(groups, self.name, step)
 
-            metrics = rollout_metrics(
+            metrics = losses.observe(step, groups) | rollout_metrics(
                 groups,
                 self.config.evaluation,
                 version=context.version,
                 per_turn=self.settings.credit == "turn",
+                min_group_size=smallest_group(self.config),
             )
             try:
                 samples = update.samples(chosen)
@@ -102,9 +113,51 @@ class RLStage:
             metrics["alerts"] = float(len(monitors.observe(step, metrics)))
             context.log(self.name, step, metrics)
 
-            await self._write_down(step, groups, rollout_advantages(samples), context)
-            self._save(context, update, step)
-        context.critic = update.learner.critic
+            self.calculator.end_step([rollout for group in groups for rollout in group])
+            self._write_down(step, groups, rollout_advantages(samples), context)
+            with context.saved_on_failure(self.config, state, training):
+                losses.check(step)
+            state = self._stand(step, tasks, training, context)
+            unevaluated = replace(state, finished=False, evaluated=False)
+            with context.saved_on_failure(self.config, unevaluated, training):
+                await context.stop.watch(self._evaluate(step, context))
+            self._save(step, tasks, training, context)
+
+    def _resume(
+        self,
+        context: RunContext,
+        tasks: Cursor[Task],
+        training: Training,
+        monitors: Monitors,
+    ) -> RunState:
+        """Put everything to where the stage was left, if it was; where it stands now."""
+        saved = context.take_resumed(self.name)
+        if saved is None:
+            return self._stand(0, tasks, training, context)
+        tasks.restore(saved.state.position)
+        self.calculator.restore(saved.state.rewards)
+        training.restore(saved.tensors, saved.state.updates)
+        rows = context.run.metrics_of(self.name)
+        monitors.replay(rows)
+        context.progress.update(saved.state.step, rows[-1] if rows else {})
+        saved.put_random_state()
+        return saved.state
+
+    def _stand(
+        self, step: int, tasks: Cursor[Task], training: Training, context: RunContext
+    ) -> RunState:
+        """Where the stage stands after `step` steps."""
+        return context.stand(
+            RunState(
+                stage=self.name,
+                step=step,
+                finished=step == self.settings.steps,
+                version=context.version,
+                position=tasks.position(),
+                updates=training.learner.updates,
+                rewards=self.calculator.state(),
+            )
+        )
 
     async def _sample(
         self, tasks: Iterator[tuple[int, Task]]
@@ -114,7 +167,7 @@ class RLStage:
         With dynamic sampling, groups without variance are made up for by further tasks, as often
         as the settings allow; the step learns from as many groups as without it.
         """
-        settings = self.settings
+        settings, least = self.settings, smallest_group(self.config)
         groups: list[list[Rollout]] = []
         drawn: set[tuple[int, str]] = set()
         missing = settings.prompts_per_step
@@ -122,11 +175,12 @@ class RLStage:
             batch = take_distinct(tasks, missing, drawn)
             groups += await self.sampler.groups(batch, settings.group_size, self._score)
             per_turn = settings.credit == "turn"
-            full = [group for group in groups if has_variance(group, per_turn=per_turn)]
+            alive = [group for group in groups if large_enough(group, least)]
+            full = [group for group in alive if has_variance(group, per_turn=per_turn)]
             missing = settings.prompts_per_step - len(full)
             if missing == 0:
                 break
-        return groups, full if settings.dynamic_sampling_rounds else groups
+        return groups, full if settings.dynamic_sampling_rounds else alive
 
     async def _score(self, group: list[Rollout]) -> None:
         await self.calculator.score(group)
@@ -139,19 +193,20 @@ class RLStage:
                 weight=overlong.weight,
             )
 
-    def _save(self, context: RunContext, update: PolicyUpdate, step: int) -> None:
-        every, critic = self.config.checkpoint.every_steps, update.learner.critic
-        if step == self.settings.steps:
-            context.save_checkpoint(self.name, self.config, critic=critic)
-        elif every is not None and step % every == 0:
-            context.save_checkpoint(self.name, self.config, step, critic=critic)
+    def _save(
+        self, step: int, tasks: Cursor[Task], training: Training, context: RunContext
+    ) -> None:
+        every = self.config.checkpoint.every_steps
+        if step == self.settings.steps or (every is not None and step % every == 0):
+            state = self._stand(step, tasks, training, context)
+            context.save_checkpoint(self.config, state, training)
 
     async def close(self) -> None:
         await self.sampler.environment.close()
         if self.evaluation is not None:
             await self.evaluation.close()
 
-    async def _write_down(
+    def _write_down(
         self,
         step: int,
         groups: Sequence[Sequence[Rollout]],
@@ -161,20 +216,12 @@ class RLStage:
         if self.config.tracking.rollouts:
             rollouts = [rollout for group in groups for rollout in group]
             context.run.write_rollouts(self.name, step, rollouts, advantages)
+
+    async def _evaluate(self, step: int, context: RunContext) -> None:
         evaluation = self.evaluation
         every = None if evaluation is None else evaluation.settings.every_steps
         if evaluation is not None and every is not None and step % every == 0:
             await evaluation.evaluate(context, evaluation.name, step=step, report=False)
-
-
-def _warn_of_masked(groups: Sequence[Sequence[Rollout]], stage: str, step: int) -> None:
-    errors = [r.error for group in groups for r in group if r.error is not None]
-    if errors:
-        total = sum(map(len, groups))
-        logger.warning(
-            "%s step %d: %d of %d rollouts are masked; the first: %s",
-            *(stage, step, len(errors), total, errors[0]),
-        )
 
 
 def thresholds(config: TrainingConfig) -> dict[str, float | None]:
@@ -202,19 +249,6 @@ def take_distinct(
             )
         seen.add((epoch, task.id))
     return batch
-
-
-def endless(source: TaskSource) -> Iterator[tuple[int, Task]]:
-    """(epoch, task) without end, epoch after epoch."""
-    epoch = 0
-    while True:
-        before = epoch
-        for task in source.epoch(epoch):
-            yield epoch, task
-            before = epoch + 1
-        if before == epoch:
-            raise UserError(f"prompt_source: there is no task in epoch {epoch}")
-        epoch += 1
 
 
 def _speed(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,18 @@ from retrain.config.root import StageKind, TrainingConfig
 from retrain.loops.build import build_engine, build_sandbox, runs_code
 from retrain.loops.context import RunContext
 from retrain.loops.evaluate import EvalStage
+from retrain.loops.interrupt import Interrupted, Stop
+from retrain.loops.repeatable import circumstances, repeatable
+from retrain.loops.resume import Resumption, find_run, read_resumption, stages_left
 from retrain.loops.rl import RLStage
 from retrain.loops.sft import SFTStage
 from retrain.models import load_policy
+from retrain.rollout import set_aside
 from retrain.tracking.plots import plot_curves
 from retrain.tracking.progress import Progress
 from retrain.tracking.report import EvaluationResult, print_results, results_table
-from retrain.tracking.run_dir import RunDirectory
+from retrain.tracking.run_dir import CONFIG_FILE, RunDirectory
+from retrain.types import UserError
 
 Stage = SFTStage | RLStage | EvalStage
 
@@ -52,17 +57,28 @@ async def run(
     *,
     overrides: Sequence[str] = (),
     only: StageKind | None = None,
+    resume: str | Path | None = None,
 ) -> RunResult:
     """Run a config: a path, a dict or a `TrainingConfig`; `only` runs the stages of one kind.
 
-    Everything is read, resolved and checked before the run directory is made.
+    `resume` goes on with a run that was stopped: `latest`, the newest of the experiment in its
+    output_dir; `auto`, that one unless it is complete or there is none, else a new run; or the path
+    of a run directory. Everything is read, resolved and checked before the run directory is made
+    or touched.
 
     Raises:
         UserError: something in the config, the data or the user's own code is wrong.
+        Interrupted: SIGINT or SIGTERM asked the run to stop; what it had learnt is saved.
     """
     checked = load_config(config, overrides, only=only)
     stages = resolve_stages(checked, only=only)
+    found = None if resume is None else find_run(checked, str(resume))
     async with AsyncExitStack() as closing:
+        going_on = None
+        if found is not None:
+            closing.enter_context(found.locked())
+            going_on = read_resumption(checked, found, only)
+        closing.enter_context(repeatable(checked.seed))
         sandbox = build_sandbox(checked)
         closing.push_async_callback(sandbox.close)
         if any(kind != "sft" and runs_code(stage) for _, kind, stage in stages):
@@ -70,19 +86,24 @@ async def run(
         policy = load_policy(checked.model, seed=checked.seed)
         context = RunContext(policy, build_engine(checked, policy), sandbox)
         closing.push_async_callback(context.engine.close)
+        deterministic = await _prepare_engine(context, stages)
+        if going_on is not None and going_on.saved is not None:
+            await context.go_on_from(going_on.saved)
         prepared: list[Stage] = []
-        for name, kind, stage_config in stages:
+        for name, kind, stage_config in stages_left(stages, going_on):
             prepared.append(STAGES[kind].prepare(name, stage_config, context))
             closing.push_async_callback(prepared[-1].close)
-        directory = RunDirectory.create(checked.output_dir, checked.experiment_name)
-        directory.write_text("config.yaml", dump_yaml(checked))
-        with Progress(checked.tracking.progress) as progress:
-            progress.line(f"run directory: {directory.path}")
-            context.begin(directory, progress)
-            for stage in prepared:
-                await stage.execute(context)
-        _write_results(checked, context)
-        _say_where(context)
+        directory = found or RunDirectory.create(checked.output_dir, checked.experiment_name)
+        if found is None:
+            closing.enter_context(directory.locked())
+        if going_on is None:
+            directory.write_text(CONFIG_FILE, dump_yaml(checked))
+            directory.describe(only=only, deterministic=deterministic, **circumstances())
+        else:
+            going_on.clear_away(directory)
+        news = _news(going_on, deterministic, checked)
+        closing.enter_context(set_aside())
+        await _execute(checked, context, prepared, directory, news)
     return RunResult(
         path=directory.path,
         status="completed",
@@ -92,14 +113,67 @@ async def run(
     )
 
 
+def _news(
+    going_on: Resumption | None, deterministic: bool | None, config: TrainingConfig
+) -> Iterable[str]:
+    """What a user should know before the run begins, or goes on."""
+    if going_on is not None:
+        return going_on.say(deterministic)
+    if deterministic is False and config.engine.deterministic is None:
+        return ["the engine is not deterministic here: a resumed run is not the same bit for bit"]
+    return []
+
+
+async def _prepare_engine(
+    context: RunContext, stages: Sequence[tuple[str, StageKind, TrainingConfig]]
+) -> bool | None:
+    """Whether the engine is deterministic; None where no stage generates."""
+    if all(kind == "sft" for _, kind, _ in stages):
+        return None
+    return await context.engine.prepare()
+
+
+async def _execute(
+    config: TrainingConfig,
+    context: RunContext,
+    stages: Sequence[Stage],
+    directory: RunDirectory,
+    news: Iterable[str],
+) -> None:
+    """The stages that are left, and the results; run.json says how it ended."""
+    status = "failed"
+    with Progress(config.tracking.progress) as progress, Stop() as stop:
+        for line in (f"run directory: {directory.path}", *news):
+            progress.line(line)
+        context.begin(directory, progress, stop)
+        if context.resumed is not None:
+            context.resumed.put_random_state()
+        directory.describe(status="running")
+        try:
+            for stage in stages:
+                await stage.execute(context)
+            stop.check()
+            status = "completed"
+        except Interrupted as interrupted:
+            interrupted.checkpoint = interrupted.checkpoint or context.checkpoint
+            status = "interrupted"
+            raise
+        finally:
+            with suppress(UserError):
+                directory.describe(status=status)
+    _write_results(config, context)
+    _say_where(context)
+
+
 def run_sync(
     config: str | Path | Mapping[str, Any] | TrainingConfig,
     *,
     overrides: Sequence[str] = (),
     only: StageKind | None = None,
+    resume: str | Path | None = None,
 ) -> RunResult:
     """`run`, for scripts that have no event loop."""
-    return asyncio.run(run(config, overrides=overrides, only=only))
+    return asyncio.run(run(config, overrides=overrides, only=only, resume=resume))
 
 
 def _write_results(config: TrainingConfig, context: RunContext) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from retrain.config.environment import ToolEnvironmentConfig
 from retrain.config.root import TrainingConfig
 from retrain.config.stages import SFTConfig
-from retrain.data import Trace, load_traces
-from retrain.learner import NotFiniteError, sft_loss
+from retrain.data import Cursor, Trace, TraceSource, load_traces
+from retrain.learner import NotFiniteError, TorchLearner, sft_loss
 from retrain.loops.build import build_learner, build_renderer, build_tools
+from retrain.loops.checkpoint import RunState, Training
 from retrain.loops.context import RunContext
 from retrain.rendering import Renderer, ToolSchema
 from retrain.rollout import to_samples
@@ -56,11 +57,16 @@ class SFTStage:
     async def execute(self, context: RunContext) -> None:
         context.progress.stage(self.name, total=self.steps, kind="sft")
         learner = build_learner(self.settings, context.policy, total_updates=self.steps)
-        batches = self._batches(context.engine.context_limit, self.config.seed)
+        order = TraceSource(self.traces, shuffle=self.settings.shuffle, seed=self.config.seed)
+        traces = Cursor(order, place="sft.dataset", noun="trace")
+        batches = self._batches(traces, context.engine.context_limit)
         every = self.config.checkpoint.every_steps
-        for step in range(1, self.steps + 1):
+        state = self._resume(context, traces, learner)
+        for step in range(state.step + 1, self.steps + 1):
             started = time.perf_counter()
-            samples = next(batches)
+            with context.saved_on_failure(self.config, state, Training(learner)):
+                context.stop.check()
+                samples = next(batches)
             try:
                 totals = learner.forward_backward(samples, sft_loss)
                 metrics = learner.optim_step(samples)
@@ -73,17 +79,47 @@ class SFTStage:
             metrics["entropy"] = totals["entropy"] / max(totals["tokens"], 1.0)
             metrics["tokens_per_s"] = sum(map(len, samples)) / seconds
             context.log(self.name, step, metrics)
-            if every is not None and step % every == 0 and step < self.steps:
-                context.save_checkpoint(self.name, self.config, step)
-        context.save_checkpoint(self.name, self.config)
+            state = self._stand(step, context, traces, learner)
+            if state.finished or (every is not None and step % every == 0):
+                context.save_checkpoint(self.config, state, Training(learner))
+            await asyncio.sleep(0)
+
+    def _resume(
+        self, context: RunContext, traces: Cursor[Trace], learner: TorchLearner
+    ) -> RunState:
+        """Put everything to where the stage was left, if it was; where it stands now."""
+        saved = context.take_resumed(self.name)
+        if saved is None:
+            return self._stand(0, context, traces, learner)
+        traces.restore(saved.state.position)
+        Training(learner).restore(saved.tensors, saved.state.updates)
+        rows = context.run.metrics_of(self.name)
+        context.progress.update(saved.state.step, rows[-1] if rows else {})
+        saved.put_random_state()
+        return saved.state
+
+    def _stand(
+        self, step: int, context: RunContext, traces: Cursor[Trace], learner: TorchLearner
+    ) -> RunState:
+        """Where the stage stands after `step` steps."""
+        return context.stand(
+            RunState(
+                stage=self.name,
+                step=step,
+                finished=step == self.steps,
+                version=context.version,
+                position=traces.position(),
+                updates=learner.updates,
+            )
+        )
 
     async def close(self) -> None:
         return None
 
-    def _batches(self, limit: int, seed: int) -> Iterator[list[Sample]]:
+    def _batches(self, traces: Cursor[Trace], limit: int) -> Iterator[list[Sample]]:
         batch: list[Sample] = []
         taken = 0
-        for trace in self._trace_order(seed):
+        for _, trace in traces:
             samples = [
                 s for s in trace_samples(trace, self.renderer, self.tools) if len(s) <= limit
             ]
@@ -94,15 +130,6 @@ class SFTStage:
             if taken == self.settings.batch_size:
                 yield batch
                 batch, taken = [], 0
-
-    def _trace_order(self, seed: int) -> Iterator[Trace]:
-        epoch = 0
-        while True:
-            order = list(range(len(self.traces)))
-            if self.settings.shuffle:
-                random.Random(f"{seed}:sft:{epoch}").shuffle(order)
-            yield from (self.traces[i] for i in order)
-            epoch += 1
 
 
 def trace_samples(

@@ -53,7 +53,7 @@ def load_policy(config: ModelConfig, *, seed: int = 0) -> Policy:
     _switch_off_dropout(model)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.to(_device(config.device))
+    model.to(choose_device(config.device))
     if not is_causal(model):
         raise UserError(
             f"{type(unwrap(model)).__name__} lets a token see those after it: it is no causal "
@@ -83,7 +83,7 @@ def check_origin(config: ModelConfig) -> str:
     Raises:
         UserError: a directory without a model or a tokenizer, or a corpus that does not import.
     """
-    _device(config.device)
+    choose_device(config.device)
     adapted = "" if config.peft is None else f", LoRA of rank {config.peft.r}"
     if config.from_scratch is not None:
         import_object(config.from_scratch.tokenizer.corpus, "corpus function")
@@ -96,7 +96,12 @@ def check_origin(config: ModelConfig) -> str:
     return f"{name}{adapted}"
 
 
-def _device(name: str) -> torch.device:
+def choose_device(name: str) -> torch.device:
+    """The device that `model.device` stands for here.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

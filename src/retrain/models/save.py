@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-import os
-import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -27,37 +27,70 @@ def save_policy(
     merge_lora: bool = False,
     critic: nn.Module | None = None,
 ) -> Path:
-    """Write model and tokenizer to `directory`, which appears only when it is whole.
+    """Write model and tokenizer into `directory`, which is made if it is not there.
 
     A LoRA policy saves its adapter; with `merge_lora`, or when there is no base on disk that the
     adapter could be put on, it saves the merged weights. Of a critic it saves what trains.
 
     Raises:
-        UserError: the disk is full or not writable.
+        OSError: the disk is full or not writable.
     """
-    beside = directory.with_name(f".{directory.name}.{os.getpid()}.part")
     model: Any = policy.model
-    try:
-        beside.mkdir(parents=True)
-        if hasattr(model, "merge_and_unload") and (merge_lora or policy.base is None):
-            model = copy.deepcopy(model).merge_and_unload()
-        model.save_pretrained(beside)
-        policy.tokenizer.save_pretrained(beside)
+    directory.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "merge_and_unload") and (merge_lora or policy.base is None):
+        model = copy.deepcopy(model).merge_and_unload()
+    with _as_os_errors():
+        model.save_pretrained(directory)
+        policy.tokenizer.save_pretrained(directory)
         if critic is not None:
-            (beside / CRITIC_FILE).parent.mkdir()
-            save_file(_trained(critic), beside / CRITIC_FILE)
-        if directory.exists():
-            shutil.rmtree(directory)
-        beside.rename(directory)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"checkpoint {directory} cannot be written: {reason}",
-            "Free some space, or choose another output_dir.",
-        ) from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+            (directory / CRITIC_FILE).parent.mkdir(exist_ok=True)
+            save_file(trained(critic), directory / CRITIC_FILE)
     return directory
+
+
+def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    with _as_os_errors():
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+
+@contextmanager
+def _as_os_errors() -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
+def holds(directory: Path, weights: dict[str, torch.Tensor]) -> bool:
+    """Whether the model files in a directory have tensors of these names and shapes."""
+    found: dict[str, list[int]] = {}
+    for path in directory.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    return all(found.get(name) == list(tensor.shape) for name, tensor in weights.items())
+
+
+def restore(module: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """Copy weights into what trains of a module.
+
+    Raises:
+        UserError: they are not those of a module of this make.
+    """
+    own = trained(module)
+    if {n: t.shape for n, t in own.items()} != {n: weights[n].shape for n in own if n in weights}:
+        raise UserError(
+            f"the weights saved are not those of this {type(module).__name__}",
+            "Resume with the model, and the packages, that the run began with.",
+        )
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(weights[name])
 
 
 def load_critic(critic: nn.Module, directory: Path) -> None:
@@ -74,17 +107,15 @@ def load_critic(critic: nn.Module, directory: Path) -> None:
             f"{path} cannot be read: {getattr(error, 'strerror', None) or error}",
             "Give the directory of a checkpoint that a PPO stage saved.",
         ) from error
-    own = _trained(critic)
+    own = trained(critic)
     if {n: t.shape for n, t in own.items()} != {n: t.shape for n, t in saved.items()}:
         raise UserError(
             f"the critic in {path} is of another make than this one",
             "Use the model and the critic.backbone that it was saved with.",
         )
-    with torch.no_grad():
-        for name, parameter in critic.named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(saved[name])
+    restore(critic, saved)
 
 
-def _trained(critic: nn.Module) -> dict[str, torch.Tensor]:
-    return {n: p.detach().contiguous() for n, p in critic.named_parameters() if p.requires_grad}
+def trained(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that train, by name."""
+    return {n: p.detach().contiguous() for n, p in module.named_parameters() if p.requires_grad}

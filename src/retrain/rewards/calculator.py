@@ -8,12 +8,13 @@ from; `reward` is the sum of the parts' values and, when there are turns, of `st
 from __future__ import annotations
 
 import asyncio
+import copy
 import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
 
 from retrain.rewards.base import check_verifier_shape
 from retrain.rewards.failures import (
@@ -33,14 +34,37 @@ from retrain.rewards.spec import (
     spread,
 )
 from retrain.rewards.warn import penalty_warnings
-from retrain.types import InfrastructureError, RewardPart, Rollout, UserError
+from retrain.types import FailureKind, InfrastructureError, RewardPart, Rollout, UserError
 
 OnError = Literal["stop", "mask", "penalty"]
 T = TypeVar("T")
 
 
+@runtime_checkable
+class Stateful(Protocol):
+    """A reward, an object of a class named in the config, that remembers something between steps:
+    a sliding window, say. It changes in `end_step` only, so that what a rollout is worth does not
+    depend on who was scored before it in the same step."""
+
+    def __call__(self, *args: Any) -> Any: ...
+
+    def end_step(self, rollouts: Sequence[Rollout]) -> None:
+        """A step of training is over; these are its rollouts, scored."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps, as JSON has it."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class _Masked(Exception):
     """This rollout cannot be scored; the message says why."""
+
+    def __init__(self, reason: str, kind: FailureKind = "reward") -> None:
+        super().__init__(reason)
+        self.kind = kind
 
 
 @dataclass
@@ -54,20 +78,20 @@ class _Sheet:
     """By identity of the verifier: what it returned or raised."""
     gated: bool = False
     """A verifier of the whole set-up failed: nothing else is computed."""
-    masked: str | None = None
+    masked: _Masked | None = None
 
     @property
     def open(self) -> bool:
         return not self.gated and self.masked is None
 
-    def mask(self, reason: str) -> None:
+    def mask(self, reason: _Masked) -> None:
         self.masked = self.masked or reason
 
     def close(self) -> None:
         """Write the result into the rollout."""
         rollout = self.rollout
         if self.masked is not None:
-            rollout.error = self.masked
+            rollout.mask(self.masked.kind, str(self.masked))
             rollout.reward_parts, rollout.step_rewards, rollout.reward = [], [], 0.0
             return
         by_turn: list[list[float]] = [[] for _ in range(self.turns)]
@@ -118,6 +142,24 @@ class RewardCalculator:
         self.on_error = on_error
         self.error_penalty = error_penalty
 
+    def state(self) -> dict[str, Any]:
+        """Of the rewards that have one, by name: what their `state_dict()` gives, plain data."""
+        kept = ((spec.name, spec.function) for spec in self.specs)
+        return {n: copy.deepcopy(f.state_dict()) for n, f in kept if isinstance(f, Stateful)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave."""
+        for spec in self.specs:
+            if isinstance(spec.function, Stateful):
+                spec.function.load_state_dict(state[spec.name])
+
+    def end_step(self, rollouts: Sequence[Rollout]) -> None:
+        """Tell the rewards that have a state what a step of training sampled, in the order of
+        tasks and samples, whatever order it ended in."""
+        for spec in self.specs:
+            if isinstance(spec.function, Stateful):
+                spec.function.end_step([r for r in rollouts if r.error is None])
+
     def warnings(self) -> list[str]:
         """One sentence for each verifier whose failure may pay better than passing it."""
         return penalty_warnings(self.specs, self.verifiers, self.verifier_penalty)
@@ -152,7 +194,7 @@ class RewardCalculator:
             for parts in await _in_order(self._component(spec, sheet) for spec in passing):
                 sheet.parts += parts
         except _Masked as reason:
-            sheet.mask(str(reason))
+            sheet.mask(reason)
 
     async def _set_up_gate(self, sheet: _Sheet) -> bool:
         """Whether a verifier of the whole set-up failed; its penalty is then entered."""
@@ -229,7 +271,7 @@ class RewardCalculator:
                 if sheet.open and await self._passes(spec, sheet):
                     members.append(sheet)
             except _Masked as reason:
-                sheet.mask(str(reason))
+                sheet.mask(reason)
         if not members:
             return
         place = f"reward '{spec.name}'"
@@ -244,7 +286,7 @@ class RewardCalculator:
                 entries = [entry] * len(members)
             except _Masked as reason:
                 for sheet in sheets:
-                    sheet.mask(str(reason))
+                    sheet.mask(reason)
                 return
         for sheet, entry in zip(members, entries, strict=True):
             sheet.parts += spread(entry, sheet.turns, spec.distribution_strategy)
@@ -259,7 +301,7 @@ class RewardCalculator:
     ) -> RewardPart:
         """The penalty entry for a failure, or the exception that `on_error` asks for."""
         if isinstance(exception, InfrastructureError):
-            raise _Masked(f"{place}: {exception}") from exception
+            raise _Masked(f"{place}: {exception}", exception.kind or "reward") from exception
         if self.on_error == "stop":
             raise RewardFailure(place, sheet.rollout, exception) from exception
         what = describe_exception(exception)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from retrain.types import Message, MessageType, RewardPart, Rollout
 
@@ -26,6 +27,12 @@ class EvaluationResult:
     """Value of `group_by` → (n, successes), excluded groups included."""
     excluded: tuple[str, ...] = ()
     """Groups that are reported on their own but left out of the total."""
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> EvaluationResult:
+        """The inverse of `dataclasses.asdict`, also after a way through JSON."""
+        by_group = {value: (n, good) for value, (n, good) in record["by_group"].items()}
+        return cls(**{**record, "by_group": by_group, "excluded": tuple(record["excluded"])})
 
     @property
     def success(self) -> float:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from retrain.types import (
+    Failure,
     Message,
     MessageType,
     RewardPart,
@@ -67,6 +68,7 @@ def rollout_to_dict(rollout: Rollout) -> dict[str, Any]:
         "stop_reason": rollout.stop_reason,
         "error": rollout.error,
         "metrics": {name: _number(value) for name, value in rollout.metrics.items()},
+        "failures": [(f.kind, f.attempt, f.cause) for f in rollout.failures],
     }
 
 
@@ -92,6 +94,7 @@ def rollout_from_dict(record: Mapping[str, Any]) -> Rollout:
         stop_reason=record["stop_reason"],
         error=record["error"],
         metrics={name: float(value) for name, value in record["metrics"].items()},
+        failures=[Failure(*failure) for failure in record.get("failures", ())],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import math
@@ -12,10 +13,29 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from retrain.tracking import durable
+from retrain.tracking.durable import disk_errors
 from retrain.tracking.rollouts import encode_rollout
 from retrain.types import Rollout, Sample, UserError
 
+try:
+    import fcntl
+except ImportError:  # not a POSIX system
+    fcntl = None  # type: ignore[assignment]
+
+CONFIG_FILE = "config.yaml"
+ABOUT_FILE = "run.json"
+LOCK_FILE = ".lock"
 METRICS_FILE = "metrics.jsonl"
+FAILURES_FILE = "failures.jsonl"
+
+FAILURES_SHOWN = 20
+"""Of one step; the others are counted."""
+
+CAUSE_CHARS = 500
+
+_PLACE = ("stage", "step")
+"""Columns that say which row it is."""
 
 
 class RunDirectory:
@@ -37,7 +57,7 @@ class RunDirectory:
         system allows links.
         """
         parent = Path(output_dir)
-        with _disk_errors(parent):
+        with disk_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
             number = _highest_number(parent, experiment_name) + 1
             while True:
@@ -50,10 +70,71 @@ class RunDirectory:
         _link(parent / f"{experiment_name}-latest", path.name)
         return cls(path)
 
+    def about(self) -> dict[str, object]:
+        """What run.json holds; nothing where it is not there or cannot be read."""
+        try:
+            about = json.loads((self.path / ABOUT_FILE).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return about if isinstance(about, dict) else {}
+
+    def describe(self, **facts: object) -> None:
+        """Set facts in run.json: `status`, and what the run began with."""
+        self.write_text(ABOUT_FILE, json.dumps(self.about() | facts, indent=1) + "\n")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep other processes from writing the same run, where the system has such locks.
+
+        Raises:
+            UserError: one does.
+        """
+        path = self.path / LOCK_FILE
+        with disk_errors(path):
+            file = path.open("w")
+        with file:
+            if fcntl is not None:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                        raise UserError(
+                            f"another process is writing {self.path}",
+                            "Wait for it, or stop it, then resume.",
+                        ) from None
+            yield
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the files that only grow, by name."""
+        paths = {name: self.path / name for name in (METRICS_FILE, FAILURES_FILE)}
+        return {name: path.stat().st_size for name, path in paths.items() if path.exists()}
+
+    def sync_grown(self) -> None:
+        """Have the disk hold what `sizes` measures."""
+        for name in self.sizes():
+            with disk_errors(self.path / name):
+                durable.sync(self.path / name)
+
+    def cut_back(self, sizes: Mapping[str, int]) -> None:
+        """Cut the files that only grow to what they were when `sizes` was taken.
+
+        Raises:
+            UserError: one is shorter than that.
+        """
+        for name, found in self.sizes().items():
+            wanted, path = sizes.get(name, 0), self.path / name
+            if found < wanted:
+                raise UserError(
+                    f"{path} has {found} bytes; at the checkpoint it had {wanted}",
+                    "Put the file back as it was, or start a new run from the checkpoint.",
+                )
+            with disk_errors(path):
+                os.truncate(path, wanted)
+
     def directory(self, name: str) -> Path:
         """A directory of the run (`checkpoints`, `plots`, ...), made if it is not there."""
         path = self.path / name
-        with _disk_errors(path):
+        with disk_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -68,18 +149,52 @@ class RunDirectory:
         """
         row: dict[str, object] = {"stage": stage, "step": step}
         for name, value in metrics.items():
-            if name in ("stage", "step"):
+            if name in _PLACE:
                 raise ValueError(f"a metric cannot be named {name!r}")
             row[name] = _json_number(value)
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        self._append(METRICS_FILE, [row])
+
+    def metrics_of(self, stage: str) -> list[dict[str, float]]:
+        """A stage's rows of metrics.jsonl, as they were logged; what was not finite is NaN."""
+        return [
+            {n: math.nan if v is None else float(v) for n, v in row.items() if n not in _PLACE}
+            for row in self._rows()
+            if row["stage"] == stage
+        ]
+
+    def latest_metrics(self) -> dict[str, float]:
+        """Of each metric that was ever logged, the latest finite value."""
+        latest: dict[str, float] = {}
+        for row in self._rows():
+            latest |= {n: float(v) for n, v in row.items() if n not in _PLACE and v is not None}
+        return latest
+
+    def _rows(self) -> list[dict[str, float | str | None]]:
         path = self.path / METRICS_FILE
-        with _disk_errors(path):
-            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-            try:
-                if os.write(descriptor, line) != len(line):
-                    raise OSError("a line was cut short: the disk is full")
-            finally:
-                os.close(descriptor)
+        return read_metrics(path) if path.exists() else []
+
+    def log_failures(self, stage: str, step: int, rollouts: Iterable[Rollout]) -> None:
+        """Append a line to failures.jsonl for each failed attempt, in the rollouts' order.
+
+        Beyond FAILURES_SHOWN of them one line counts the others; without any, nothing is written.
+        """
+        failed = [(r, i, f) for r in rollouts for i, f in enumerate(r.failures, start=1)]
+        rows: list[dict[str, object]] = [
+            {
+                "stage": stage,
+                "step": step,
+                "rollout": rollout.id,
+                "kind": failure.kind,
+                "attempt": failure.attempt,
+                "masked": rollout.error is not None and number == len(rollout.failures),
+                "cause": failure.cause[:CAUSE_CHARS],
+            }
+            for rollout, number, failure in failed[:FAILURES_SHOWN]
+        ]
+        if len(failed) > FAILURES_SHOWN:
+            rows.append({"stage": stage, "step": step, "more": len(failed) - FAILURES_SHOWN})
+        if rows:
+            self._append(FAILURES_FILE, rows)
 
     def write_rollouts(
         self,
@@ -104,11 +219,23 @@ class RunDirectory:
         data = gzip.compress("".join(lines).encode("ascii"), compresslevel=1, mtime=0)
         return self.write_bytes(f"{name}.jsonl.gz", data)
 
+    def _append(self, name: str, rows: Iterable[Mapping[str, object]]) -> None:
+        """Add lines of JSON to a file in one write, so that none is torn by a kill."""
+        data = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows).encode()
+        path = self.path / name
+        with disk_errors(path):
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+            try:
+                if os.write(descriptor, data) != len(data):
+                    raise OSError("a line was cut short: the disk is full")
+            finally:
+                os.close(descriptor)
+
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Write a file, as a whole or not at all; `name` may hold directories."""
         path = self.path / name
         partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        with _disk_errors(path):
+        with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 partial.write_bytes(data)
@@ -117,6 +244,13 @@ class RunDirectory:
                 partial.unlink(missing_ok=True)
                 raise
         return path
+
+
+def newest_run(output_dir: str | Path, experiment_name: str) -> Path | None:
+    """The directory of the run with the highest number, if there is one."""
+    parent = Path(output_dir)
+    number = _highest_number(parent, experiment_name) if parent.is_dir() else 0
+    return parent / f"{experiment_name}-{number:03d}" if number else None
 
 
 def _encode_sample(sample: Sample) -> dict[str, object]:
@@ -133,7 +267,7 @@ def read_metrics(path: Path) -> list[dict[str, float | str | None]]:
     Raises:
         UserError: the file cannot be read, or another line is not JSON.
     """
-    with _disk_errors(path, "read"):
+    with disk_errors(path, "read"):
         lines = path.read_text(encoding="utf-8").split("\n")
     rows: list[dict[str, float | str | None]] = []
     for number, line in enumerate(lines[:-1], start=1):
@@ -169,16 +303,3 @@ def _link(link: Path, target: str) -> None:
             os.replace(partial, link)
         finally:
             partial.unlink(missing_ok=True)
-
-
-@contextmanager
-def _disk_errors(path: Path, verb: str = "write") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot {verb} {path}: {error.strerror or error}",
-            "Free space, fix the permissions, or choose another output_dir."
-            if verb == "write"
-            else "Check the path.",
-        ) from error
