@@ -8,7 +8,7 @@ Workloads: (a) one tool, prompts of about 244 tokens; (b) five tools, about 1,05
 entries) is made first and taught by a teacher that is often wrong until it succeeds in about four
 of ten attempts; `--workdir` keeps it for the next time. Both systems then load the same directory
 and do GRPO on the same tasks in the same order with the same tool functions and the same reward:
-16 prompts x 8, one update a batch, AdamW at 3e-4, clip 0.2/0.28, T=1, fp32, at most two turns and
+16 prompts x 8, one update a batch, AdamW at 3e-4, T=1, fp32, at most two turns and
 80 new tokens (a turn in retrain; in TRL a rollout, tool results included). That both see the same
 token ids is checked. A group without variance teaches nothing: retrain leaves it out, TRL trains
 on it with weight zero. (At 1e-3 Adam's first updates undo in both systems what the model copies

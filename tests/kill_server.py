@@ -3,7 +3,8 @@
 Reads jobs, a line of JSON each, from standard input; answers each with the child's exit code, -9
 when it was killed. A job has `config` and `resume`, for `retrain.run_sync`, and one or none of
 
-- `after_s`: seconds until the child gets `signal` (SIGKILL, where the job names none);
+- `after_s`: seconds until the child gets `signal` (SIGKILL, where the job names none), counted, if
+  there is `after_lines` (a file and a number), from when that file has so many lines;
 - `at`: number of the step on the disk at which the child kills itself, counted over all calls of
   `FAILPOINTS`; `torn` cuts what it was about to write in half first;
 - `count`: a file that gets the number of such steps and their names.
@@ -22,7 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft  # noqa: F401  imported once, not in each child
+import transformers.models.auto.modeling_auto
+import transformers.models.qwen3.modeling_qwen3
+import transformers.tokenization_utils_tokenizers  # noqa: F401
+
 import retrain
+import retrain.loops.run
 from retrain.loops.interrupt import Interrupted
 from retrain.models import save
 from retrain.tracking import durable
@@ -79,6 +86,18 @@ def child(job: dict[str, Any]) -> int:
     return 0
 
 
+def wait_for(pid: int, condition: Callable[[], bool]) -> None:
+    """Until it holds, or the child has ended."""
+    while os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        if condition():
+            return
+        time.sleep(0.002)
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return path.exists() and path.read_text().count("\n") >= count
+
+
 def serve(job: dict[str, Any]) -> int:
     pid = os.fork()
     if pid == 0:
@@ -88,8 +107,12 @@ def serve(job: dict[str, Any]) -> int:
             code = child(job)
         finally:
             os._exit(code)
+    if "after_lines" in job:
+        path, count = job["after_lines"]
+        wait_for(pid, lambda: has_lines(Path(path), count))
     if "after_s" in job:
-        time.sleep(job["after_s"])
+        over = time.monotonic() + job["after_s"]
+        wait_for(pid, lambda: time.monotonic() >= over)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, job.get("signal", signal.SIGKILL))
     _, status = os.waitpid(pid, 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import json
 import os
@@ -19,15 +18,12 @@ import retrain
 from killing import left_behind
 from retrain.config import load_config
 from retrain.loops.check import check
-from retrain.loops.context import RunContext
-from retrain.loops.evaluate import EvalStage
-from retrain.loops.interrupt import Interrupted
 from retrain.loops.resume import Change, differences
 from retrain.loops.run import RunResult
 from retrain.tracking import durable
 from retrain.tracking.checkpoints import Checkpoints, read_checkpoint
 from retrain.tracking.run_dir import RunDirectory, read_metrics
-from retrain.types import Rollout, UserError
+from retrain.types import UserError
 from runs import hyperparameters, model_section, rl_config, sft_section
 
 STEPS = 4
@@ -42,17 +38,6 @@ def config(output_dir: Path, **sections: Any) -> dict[str, Any]:
         checkpoint={"every_steps": 1, "keep_last": 3},
         **sections,
     )
-
-
-class Stopped(Exception):
-    pass
-
-
-def stop_at_three(rollout: Rollout) -> float:
-    """Stands for a machine that dies in the third step of RL; see `begun`."""
-    if rollout.id == stop_at_three.last:  # type: ignore[attr-defined]
-        raise Stopped
-    return float(len(rollout.completion))
 
 
 @pytest.fixture(scope="module")
@@ -170,25 +155,6 @@ def test_a_full_disk_leaves_what_was_there(
     assert left_behind(run) == left_behind(whole)
 
 
-def test_an_error_in_the_users_code_costs_no_step(tmp_path: Path) -> None:
-    """Without a periodic checkpoint: what was learnt is saved when the reward raises."""
-    changed = config(tmp_path) | {"checkpoint": {}}
-    reward = {"function": "test_checkpoints:stop_at_three"}
-    changed["reward_setup"] = {"rollout_reward_configs": {"r": reward}}
-    stop_at_three.last = "no such rollout"  # type: ignore[attr-defined]
-    plain = retrain.run_sync(changed).path
-    rollouts = sorted((plain / "rollouts").glob("rl-000003*"))
-    stop_at_three.last = left_behind(plain)["rollouts"][rollouts[0].name][-1]["id"]  # type: ignore[attr-defined]
-    changed["output_dir"] = str(tmp_path / "again")
-    with pytest.raises(UserError, match="Stopped"):
-        retrain.run_sync(changed)
-    run = tmp_path / "again" / "t-001"
-    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["rl-000002"]
-    stop_at_three.last = "no such rollout"  # type: ignore[attr-defined]
-    retrain.run_sync(changed, resume=run)
-    assert left_behind(run)["metrics"] == left_behind(plain)["metrics"]
-
-
 def test_a_config_that_may_not_change_is_refused_key_by_key(begun: Path) -> None:
     before = (begun / "metrics.jsonl").read_bytes()
     with pytest.raises(UserError) as error:
@@ -226,36 +192,6 @@ def test_differences_by_hand() -> None:
         Change("gone", 0, "(nothing)"),
         Change("new", "(nothing)", 0),
     ]
-
-
-async def test_stopped_in_the_last_evaluation_it_makes_it_and_ends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The weights are learnt; what is left of the stage is to look at them."""
-    evaluation = {
-        "prompt_source": {"type": "python", "function": "runs:questions", "params": {"n": 2}},
-        "every_steps": STEPS,
-        "success_threshold": 0.5,
-    }
-    sections = {"evaluation": evaluation, "stages": [{"kind": "rl"}]}
-    plain = (await retrain.run(config(tmp_path / "plain", **sections))).path
-    changed = config(tmp_path, **sections)
-    evaluate = EvalStage.evaluate
-
-    async def stop(stage: EvalStage, context: RunContext, *args: Any, **kwargs: Any) -> Any:
-        context.stop.request()
-        await asyncio.sleep(60)
-
-    with monkeypatch.context() as patch, pytest.raises(Interrupted) as interrupted:
-        patch.setattr(EvalStage, "evaluate", stop)
-        await retrain.run(changed)
-    assert EvalStage.evaluate is evaluate
-    run = tmp_path / "t-001"
-    assert interrupted.value.checkpoint == f"{run}/checkpoints/rl-{STEPS:06d}"
-    await retrain.run(changed, resume="auto")
-    left, expected = left_behind(run), left_behind(plain)
-    assert left["metrics"] == expected["metrics"] and left["metrics"][-1]["stage"] == "rl-eval"
-    assert left["tensors"]["rl/model.safetensors"] == expected["tensors"]["rl/model.safetensors"]
 
 
 def test_which_run_is_resumed(begun: Path, whole: Path) -> None:
@@ -368,3 +304,55 @@ def test_an_engine_that_is_not_deterministic_is_told_of(
     run = retrain.run_sync(changed).path
     assert "the engine is not deterministic here" in capsys.readouterr().out
     assert RunDirectory(run).about()["deterministic"] is False
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+@pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
+def test_a_checkpoint_of_the_same_name_is_replaced_and_never_lost(
+    failing: int, fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At either rename the disk is full, or the process dies before it can clean up."""
+    about = {"stage": "rl", "step": 1, "finished": False, "metric": None, "value": None}
+    real, renamed = durable.rename, []
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.write("rl", about, lambda path: durable.write(path / "x", b"old"))
+
+    def rename(source: Path, target: Path) -> None:
+        renamed.append(target)
+        if len(renamed) == failing:
+            raise fault
+        real(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises((UserError, KeyboardInterrupt)):
+        patch.setattr(durable, "rename", rename)
+        patch.setattr(Checkpoints, "sweep", lambda self: None)
+        checkpoints.write("rl", about, lambda path: durable.write(path / "x", b"new"))
+    checkpoints.sweep()
+    good, problems = checkpoints.newest_good()
+    assert good is not None and not problems
+    assert (good.path / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["rl"]
+    checkpoints.write("rl", about, lambda path: durable.write(path / "x", b"new"))
+    assert (tmp_path / "rl" / "x").read_text() == "new"
+
+
+def test_values_of_another_metric_are_not_compared(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    rated = [("loss", 5.0), ("loss", 6.0), ("reward", 0.9), ("reward", 0.2), ("reward", 0.1)]
+    for step, (metric, value) in enumerate(rated):
+        about = {"stage": "rl", "step": step, "finished": False, "metric": metric, "value": value}
+        checkpoints.write(f"rl-{step}", about, lambda path: None)
+    checkpoints.drop_old("rl", keep_last=1, keep_best=1, metric="reward", highest=True)
+    assert [checkpoint.path.name for checkpoint in checkpoints.all()] == ["rl-2", "rl-4"]
+
+
+def test_fewer_steps_than_are_done_are_refused_and_as_many_end_the_stage(begun: Path) -> None:
+    changed = config(begun.parent)
+    changed["algorithm"]["hyperparameters"]["steps"] = 2
+    with pytest.raises(UserError, match="rl is to have 2 steps now, and has made 3"):
+        retrain.run_sync(changed, resume="latest")
+    changed["algorithm"]["hyperparameters"]["steps"] = 3
+    result = retrain.run_sync(changed, resume="latest")
+    assert result.checkpoint == begun / "checkpoints" / "rl"
+    rows = read_metrics(begun / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [1, 2, 3]

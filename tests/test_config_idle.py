@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+import retrain
 from retrain.config import StageConfig, dump_yaml, load_config
 from retrain.loops.check import check
 from retrain.types import UserError
@@ -103,8 +104,6 @@ def test_a_stage_overlays_only_what_it_reads(kind: Any, section: str) -> None:
          "note: checkpoint.every_steps 2 adds none to that after 2 steps"),
         ({"evaluation": {**EVALUATION, "every_steps": 3}},
          "note: evaluation.every_steps 3 never comes in 2 steps"),
-        ({"sft": sft_section(steps=None, warmup_steps=20), "stages": [SFT]},
-         "note: warmup_steps 20 leaves no step at the learning rate"),
         ({"algorithm": algorithm(loss="reinforce", epochs=2)},
          "(reinforce weighs no ratio: nothing corrects that later updates are off-policy)"),
     ],
@@ -115,3 +114,19 @@ def test_check_tells_what_may_be_meant(sections: dict[str, Any], line: str) -> N
 
     assert line in lines(rl_config(Path("runs"), **sections))
     assert line not in lines(rl_config(Path("runs")))
+
+
+def test_a_warm_up_that_takes_every_epoch_is_refused(tmp_path: Path) -> None:
+    sections = {"sft": sft_section(steps=None, warmup_steps=20), "stages": [SFT]}
+    with pytest.raises(
+        UserError, match="warmup_steps is 20, but 1 x 320 traces"
+    ):
+        check(load_config(rl_config(tmp_path, **sections)))
+
+
+def test_a_directory_has_no_revision(tmp_path: Path) -> None:
+    config = rl_config(tmp_path, model={"name_or_path": str(tmp_path), "revision": "v2"})
+    with pytest.raises(UserError, match="revision 'v2' does nothing for the directory"):
+        check(load_config(config))
+    with pytest.raises(UserError, match="revision 'v2' does nothing for the directory"):
+        retrain.run_sync(config)

@@ -6,6 +6,7 @@ In the documents `<!-- file: NAME -->` before a block names the file that it is,
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -27,6 +28,7 @@ from retrain.config.model import ModelConfig
 from retrain.config.presets import PRESETS
 from retrain.importing import import_object
 from retrain.loops.build import build_sandbox
+from retrain.loops.resume import AT_A_COST, FREE
 from retrain.models import load_policy
 from retrain.rewards import resolve_reward
 from retrain.tools import resolve_tool
@@ -210,6 +212,33 @@ def test_the_readmes_own_reward_tool_and_environment_are_found(readme: Path) -> 
     config["environment"] = {"type": "python", "path": "my_task.py:SayYes"}
     load_config(config)
     assert isinstance(import_object("my_task.py:SayYes", "environment"), type)
+
+
+def test_the_page_on_resuming_says_what_is_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its reward with a state runs and is saved; its keys are those that may change."""
+    monkeypatch.chdir(tmp_path)
+    unpack("docs/resuming.md", tmp_path)
+    config = merge(parse(TINY_MODEL), {"prompt_source": {"type": "list", "prompts": ["1?", "2?"]}})
+    config["algorithm"]["hyperparameters"] |= {"steps": 2, "group_size": 3}
+    reward = {"function": "recent.py:AboveRecentMean", "params": {"size": 4}}
+    config["reward_setup"] = {"rollout_reward_configs": {"above": reward}}
+    checkpoint = run_sync(config).checkpoint
+    assert checkpoint is not None
+    state = json.loads((checkpoint / "resume" / "state.json").read_text())
+    assert len(state["rewards"]["above"]["seen"]) == 4
+    text = (ROOT / "docs/resuming.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[^|]*) \| [^|]* \|$", text[text.index("may change") :], re.MULTILINE)
+    told = [re.findall(r"`([^`]+)`", row) for row in rows]
+    for keys, patterns in zip(told, (FREE, AT_A_COST), strict=True):
+        named = [key.replace(".*", ".x").replace("sft.x", "sft.steps") for key in keys]
+        for key in named:
+            full = f"algorithm.hyperparameters.{key}" if "." not in key else key
+            assert any(re.fullmatch(p, k) for p in patterns for k in (key, full)), key
+        for pattern in patterns:
+            parts = [f"algorithm.hyperparameters.{k}" for k in named] + named
+            assert any(re.fullmatch(pattern, part) for part in parts), pattern
 
 
 def test_the_page_on_sandboxes_says_what_is_so(tmp_path: Path) -> None:

@@ -5,20 +5,28 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from retrain.config import load_config
 from retrain.engines import GenerateRequest, SamplingParams
 from retrain.engines.base import Completion
 from retrain.engines.exact import why_not_exact
 from retrain.engines.torch_engine import TorchEngine
+from retrain.envs import Environment
+from retrain.loops.build import build_sampler
 from retrain.types import UserError
-from tiny import VOCAB, tiny_gpt2, tiny_llama, tiny_qwen3
+from runs import rl_config
+from scripted import plain_renderer
+from tiny import VOCAB, seeded, tiny_gpt2, tiny_llama, tiny_qwen3
 
 Result = list[tuple[bytes, bytes, str]]
+RENDERER = plain_renderer("plain")
 MODELS = pytest.mark.parametrize("make", [tiny_qwen3, tiny_llama, tiny_gpt2])
 
 
@@ -119,6 +127,63 @@ async def test_a_session_that_waits_keeps_its_slot() -> None:
     await engine.close()
 
 
+def tiny_mixtral() -> Any:
+    """Experts whose matrix products have as many rows as tokens happen to choose them."""
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        max_position_embeddings=256,
+        output_router_logits=False,
+    )
+    return seeded(MixtralForCausalLM, config)
+
+
+def tiny_dynamic() -> Any:
+    """Rotary frequencies that depend on the longest sequence of a batch."""
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1000.0}
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        rope_parameters=rope,
+    )
+    return seeded(LlamaForCausalLM, config)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [(tiny_mixtral, "a (block|step) of"), (tiny_dynamic, "its rotary tables change")],
+)
+async def test_architectures_whose_rows_depend_on_company_are_refused(
+    make: Callable[[], Any], reason: str
+) -> None:
+    engine = TorchEngine(make(), max_slots=24, context_limit=200, deterministic=True)
+    with pytest.raises(UserError, match=reason):
+        await engine.prepare()
+    await engine.close()
+
+
+async def test_a_model_with_dynamic_rotary_tables_generates_and_learns() -> None:
+    model = tiny_dynamic()
+    engine = TorchEngine(model, context_limit=200, deterministic=None)
+    prompts = [[5] * 90, [6] * 10]
+    params = SamplingParams(max_new_tokens=5)
+    found = await asyncio.gather(*(engine.generate(GenerateRequest(p, params)) for p in prompts))
+    assert [len(completion.token_ids) for completion in found] == [5, 5]
+    assert engine.restarts == 0
+    await engine.close()
+    model(torch.tensor([[1, 2, 3]])).logits.sum().backward()
+
+
 class Uneven(nn.Module):
     """A layer whose result for a row depends on how many rows there are."""
 
@@ -146,6 +211,16 @@ async def test_a_model_whose_bits_depend_on_company_is_found_out() -> None:
     with pytest.raises(UserError, match="deterministic: false"):
         await engine.generate(request)
     await engine.close()
+
+
+async def test_no_more_rollouts_are_under_way_than_it_has_slots() -> None:
+    config = load_config(rl_config(Path("unused"), rollout={"max_concurrency": 30}))
+    for model, expected in ((tiny_qwen3(), 24), (uneven(), 30)):
+        engine = TorchEngine(model, max_slots=17, deterministic=None)
+        await engine.prepare()
+        sampler = build_sampler(config, Environment(), engine, RENDERER, SamplingParams())
+        assert sampler.max_concurrency == expected
+        await engine.close()
 
 
 async def test_left_open_it_is_had_where_it_can_be() -> None:

@@ -168,14 +168,13 @@ def test_asked_to_stop_it_saves_and_goes_on_to_the_same_bits(
     name: str, number: int, server: KillServer, expected: dict[str, Any], tmp_path: Path
 ) -> None:
     """As above, but nothing that was learnt is learnt again: it goes on where it stopped."""
-    whole, seconds = expected[name]
+    whole, _ = expected[name]
     config = PIPELINES[name](tmp_path)
-    code, share = 0, 0.7
-    while code == 0:
-        code = server.run(config, after_s=share * seconds, signal=number)
-        share *= 0.9
+    run = tmp_path / "t-001"
+    lines = [str(run / "metrics.jsonl"), len(whole["metrics"]) - 5]
+    code = server.run(config, after_lines=lines, after_s=0.02, signal=number)
     assert code == 128 + number, server.said()
-    run = next(path for path in sorted(tmp_path.glob("t-0*")) if _status(path) == "interrupted")
+    assert RunDirectory(run).about()["status"] == "interrupted"
     stages = [(r["stage"], r["step"]) for r in read_metrics(run / "metrics.jsonl")]
     trained = [row for row in stages if row[0] in ("sft", "rl")]
     checkpoint, damaged = Checkpoints(run / "checkpoints").newest_good()
@@ -188,10 +187,6 @@ def test_asked_to_stop_it_saves_and_goes_on_to_the_same_bits(
     for path in whole["tensors"]:
         if path.startswith(("rl/", "sft/")):
             assert left["tensors"][path] == whole["tensors"][path]
-
-
-def _status(run: Path) -> object:
-    return RunDirectory(run).about()["status"]
 
 
 def test_two_undisturbed_runs_are_equal_and_a_seed_makes_another(
@@ -211,25 +206,27 @@ def test_two_undisturbed_runs_are_equal_and_a_seed_makes_another(
 
 
 def short(output_dir: Path) -> dict[str, Any]:
-    """A step of SFT and two of RL, a checkpoint after each."""
+    """Three steps of RL, a checkpoint after each, of which the second makes the first go."""
     config = pipeline(output_dir)
-    config["stages"] = config["stages"][:3:2]
-    config["sft"] = sft_section(steps=1, batch_size=4)
-    del config["stages"][0]["checkpoint"]
-    config["algorithm"]["hyperparameters"] |= {"steps": 2, "prompts_per_step": 1, "kl": None}
+    config["stages"] = [{"kind": "rl"}]
+    changed = {"steps": 3, "prompts_per_step": 1, "kl": None, "max_new_tokens": 4}
+    config["algorithm"]["hyperparameters"] |= changed
     config["checkpoint"] = {"every_steps": 1, "keep_last": 1}
-    del config["evaluation"]
+    for section in ("sft", "evaluation"):
+        del config[section]
     return config
 
 
 def test_every_step_on_the_disk_may_be_the_last(server: KillServer, tmp_path: Path) -> None:
+    """All of the second checkpoint: with fewer there is nothing to lose."""
     count = tmp_path / "count.json"
     assert server.run(short(tmp_path / "whole"), count=str(count)) == 0, server.said()
     whole = left_behind(tmp_path / "whole" / "t-001")
     names = json.loads(count.read_text())
-    assert {"save_file", "write", "sync", "rename"} <= set(names)
-    first = names.index("rename") + 1  # the first checkpoint: without it all begins again
-    for number, name in list(enumerate(names))[first:]:
+    first = names.index("rename") + 2  # the rename, and the sync that is part of it
+    second = names[first:].index("remove") + 1
+    assert {"save_file", "write", "sync", "rename"} <= set(names[first:][:second])
+    for number, name in list(enumerate(names))[first:][: second + 1]:
         config = short(tmp_path / str(number))
         torn = name in ("save_file", "write")
         assert server.run(config, at=number, torn=torn) == -9, (number, name)

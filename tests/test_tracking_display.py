@@ -51,6 +51,19 @@ def test_outside_a_terminal_a_stage_is_a_few_plain_lines() -> None:
     assert "\x1b" not in printed(console)
 
 
+def test_a_stage_that_goes_on_counts_the_time_of_its_own_steps() -> None:
+    console = plain_console()
+    with Progress(console=console) as progress:
+        progress.stage("sft", total=12, kind="sft", done=7)
+        progress._started -= 5.0
+        for step in range(8, 13):
+            progress.update(step, {"loss": 1.0})
+    lines = printed(console).splitlines()
+    assert lines[0] == "sft: 12 steps, 7 of them done"
+    assert lines[1] == "sft: 8/12  loss 1.000  20 s left"  # 5 s for one step
+    assert re.fullmatch(r"sft: done, 5 steps in 5\.\d s  loss 1\.000", lines[-1])
+
+
 def test_off_prints_only_what_it_is_told_to() -> None:
     console = plain_console()
     run_stages(Progress("off", console=console))

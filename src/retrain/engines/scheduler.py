@@ -87,6 +87,10 @@ class Scheduler:
         self._device = next(model.parameters()).device
 
     @property
+    def max_slots(self) -> int:
+        return self._table.max_slots
+
+    @property
     def prefilled_tokens(self) -> int:
         return self._fill.prefilled_tokens
 
@@ -140,16 +144,6 @@ class Scheduler:
         self._families = None
         self._table.forget()
         self._fill.fill(list(self._jobs), 0)
-
-    def abort(self) -> list[Job]:
-        """Give up every request and every cache; the jobs that were under way."""
-        jobs = [*self._jobs.values(), *self._waiting]
-        self._waiting.clear()
-        for job in list(self._jobs.values()):
-            self._vacate(job)
-        self._families = None
-        self._table.forget()
-        return jobs
 
     def advance(self) -> list[Outcome]:
         """Admit what fits, then run one token of every active row."""

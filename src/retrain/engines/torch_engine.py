@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from retrain.engines.base import Completion, GenerateRequest
+from retrain.engines.exact import changes_rotary_tables
 from retrain.engines.sampling import Uniforms
 from retrain.engines.scheduler import Job, Outcome, Scheduler
 from retrain.engines.stops import StopRules
@@ -131,6 +132,12 @@ class TorchEngine:
         exact = await self._in_thread(run)
         self._prepared = True
         return exact
+
+    @property
+    def most_sessions(self) -> int | None:
+        """How many sessions may be under way without waiting for each other's slots to come free;
+        None where those that wait for their tools give way."""
+        return self._scheduler.max_slots if self._scheduler.exact else None
 
     @property
     def prefilled_tokens(self) -> int:
@@ -270,9 +277,9 @@ class TorchEngine:
         """
         if self._num_threads is not None:
             torch.set_num_threads(self._num_threads)  # of this thread only
-        rope = architecture_setting(self._model, "rope_parameters") or {}
-        changing = "dynamic" in str(rope) or "longrope" in str(rope)
-        with torch.no_grad(), torch.inference_mode(not changing):
+        changing = changes_rotary_tables(self._model)
+        # The order matters: inference_mode(False) switches gradients on.
+        with torch.inference_mode(not changing), torch.no_grad():
             self._work()
 
     def _work(self) -> None:

@@ -27,7 +27,7 @@ from retrain.config.environment import (
 from retrain.config.model import ModelConfig
 from retrain.config.rewards import RewardConfig, RewardSetup, RolloutRewardConfig
 from retrain.config.root import TrainingConfig
-from retrain.engines import Engine, SamplingParams
+from retrain.engines import SamplingParams
 from retrain.engines.torch_engine import TorchEngine
 from retrain.envs import (
     DialogueEnvironment,
@@ -265,12 +265,17 @@ def import_environment(section: PythonEnvironmentConfig) -> Environment:
 def build_sampler(
     config: TrainingConfig,
     environment: Environment,
-    engine: Engine,
+    engine: TorchEngine,
     renderer: Renderer,
     params: SamplingParams,
 ) -> Sampler:
-    """The sampler, with the deadlines and retries of the section `rollout`."""
+    """The sampler, with the deadlines and retries of the section `rollout`.
+
+    Where a rollout keeps its slot in the engine until it ends, no more of them are under way than
+    there are slots: further ones would only run out of time.
+    """
     section = config.rollout
+    most = section.max_concurrency
     return Sampler(
         environment=environment,
         engine=engine,
@@ -281,7 +286,7 @@ def build_sampler(
         timeout_s=section.timeout_s,
         retries=section.retries,
         backoff_s=section.backoff_s,
-        max_concurrency=section.max_concurrency,
+        max_concurrency=min(most, engine.most_sessions or most),
     )
 
 

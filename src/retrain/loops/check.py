@@ -102,8 +102,6 @@ def _sft(config: TrainingConfig) -> Iterator[str]:
     traces, steps = traces_and_steps(config, settings)
     yield f"traces: {len(traces)} from {settings.dataset}"
     yield f"{steps} steps of {settings.batch_size}, {settings.optimizer}, {_rate(settings)}"
-    if settings.warmup_steps >= steps:
-        yield f"note: warmup_steps {settings.warmup_steps} leaves no step at the learning rate"
     yield from _late_checkpoints(config, steps)
 
 

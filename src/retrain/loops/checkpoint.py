@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import random
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from retrain.learner import Critic, Reference, TorchLearner
 from retrain.models import Policy, holds, load_critic, restore, save_tensors, trained
-from retrain.models.save import CRITIC_FILE
 from retrain.tracking.checkpoints import Checkpoint
 from retrain.types import UserError
 
@@ -51,6 +51,40 @@ class RunState:
     """Of evaluations, for the table at the end."""
     sizes: dict[str, int] = field(default_factory=dict)
     """Of the files of the run that only grow, in bytes."""
+    generators: dict[str, Any] = field(default_factory=dict)
+    """The states of Python's, NumPy's and torch's own random generators."""
+
+    def put_generators(self) -> None:
+        """Go on with the numbers that the generators would have given."""
+        version, words, gauss = self.generators["python"]
+        random.setstate((version, tuple(words), gauss))
+        numpy = self.generators["numpy"]
+        key = np.array(numpy["state"]["key"], dtype=np.uint32)
+        np.random.set_state({**numpy, "state": {**numpy["state"], "key": key}})
+        torch.set_rng_state(_unpacked(self.generators["torch"]))
+        if "cuda" in self.generators and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_unpacked(self.generators["cuda"]))
+
+
+def generators() -> dict[str, Any]:
+    """What `RunState.generators` holds, as JSON has it."""
+    numpy: Any = np.random.get_state(legacy=False)
+    states = {
+        "python": random.getstate(),
+        "numpy": {**numpy, "state": {**numpy["state"], "key": numpy["state"]["key"].tolist()}},
+        "torch": _packed(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = _packed(torch.cuda.get_rng_state())
+    return states
+
+
+def _packed(state: Tensor) -> str:
+    return base64.b64encode(state.numpy().tobytes()).decode("ascii")
+
+
+def _unpacked(text: str) -> Tensor:
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -66,10 +100,13 @@ class Training:
             kept |= {f"reference/{name}": t for name, t in self.reference.tensors().items()}
         return kept
 
-    def restore(self, tensors: Mapping[str, Tensor], updates: int) -> None:
-        self.learner.restore(_below("learner/", tensors), updates)
+    def restore(self, saved: Saved) -> None:
+        """Put back what a checkpoint of the same stage has."""
+        self.learner.restore(_below("learner/", saved.tensors), saved.state.updates)
+        if self.learner.critic is not None:
+            load_critic(self.learner.critic, saved.path)
         if self.reference is not None:
-            self.reference.restore(_below("reference/", tensors))
+            self.reference.restore(_below("reference/", saved.tensors))
 
 
 @dataclass(frozen=True)
@@ -79,7 +116,17 @@ class Saved:
     path: Path
     state: RunState
     tensors: dict[str, Tensor]
-    random_state: dict[str, Any]
+
+    def check_steps(self, steps: int) -> None:
+        """
+        Raises:
+            UserError: the stage is to end after fewer steps than it has made.
+        """
+        if self.state.step > steps:
+            raise UserError(
+                f"{self.state.stage} is to have {steps} steps now, and has made {self.state.step}",
+                "Give at least as many, or start a new run.",
+            )
 
     def put_policy(self, policy: Policy) -> None:
         """The policy's weights are now those of the checkpoint.
@@ -101,17 +148,6 @@ class Saved:
         load_critic(critic, self.path)
         return critic
 
-    def put_random_state(self) -> None:
-        """Go on with the numbers that Python's, NumPy's and torch's own generators would give."""
-        version, words, gauss = self.random_state["python"]
-        random.setstate((version, tuple(words), gauss))
-        legacy = self.random_state["numpy"]
-        key = np.array(legacy["state"]["key"], dtype=np.uint32)
-        np.random.set_state({**legacy, "state": {**legacy["state"], "key": key}})
-        torch.set_rng_state(self.tensors["random/torch"])
-        if "random/cuda" in self.tensors and torch.cuda.is_available():
-            torch.cuda.set_rng_state(self.tensors["random/cuda"])
-
 
 def write_state(
     directory: Path, state: RunState, policy: Policy, training: Training | None
@@ -128,13 +164,10 @@ def write_state(
     weights = trained(policy.model)
     if not holds(directory, weights):
         tensors |= {f"policy/{name}": tensor for name, tensor in weights.items()}
-    tensors["random/torch"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
     (directory / STATE_FILE).parent.mkdir()
     save_tensors(tensors, directory / TENSORS_FILE)
-    record = asdict(state) | {"random": {"python": random.getstate(), "numpy": _numpy_state()}}
-    (directory / STATE_FILE).write_text(json.dumps(record) + "\n", encoding="utf-8")
+    text = json.dumps(asdict(state)) + "\n"
+    (directory / STATE_FILE).write_text(text, encoding="utf-8")
 
 
 def read_saved(checkpoint: Checkpoint) -> Saved:
@@ -145,10 +178,8 @@ def read_saved(checkpoint: Checkpoint) -> Saved:
     """
     path = checkpoint.path
     try:
-        record = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-        random_state = record.pop("random")
-        state = RunState(**record)
-        return Saved(path, state, load_file(path / TENSORS_FILE), random_state)
+        state = RunState(**json.loads((path / STATE_FILE).read_text(encoding="utf-8")))
+        return Saved(path, state, load_file(path / TENSORS_FILE))
     except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
         raise UserError(
             f"{path} cannot be resumed from: {type(error).__name__}: {error}",
@@ -162,16 +193,6 @@ def backbone(critic: Critic | None) -> str | None:
     if critic is None:
         return None
     return "shared" if critic.backbone is None else "own"
-
-
-def has_critic(path: Path) -> bool:
-    return (path / CRITIC_FILE).is_file()
-
-
-def _numpy_state() -> dict[str, Any]:
-    legacy: Any = np.random.get_state(legacy=False)
-    inner = {**legacy["state"], "key": legacy["state"]["key"].tolist()}
-    return {**legacy, "state": inner}
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -16,7 +16,7 @@ from retrain.data.sources import TaskStream
 from retrain.engines.torch_engine import TorchEngine
 from retrain.learner import Critic, NotFiniteError
 from retrain.loops.build import UserModel
-from retrain.loops.checkpoint import RunState, Saved, Training, backbone, write_state
+from retrain.loops.checkpoint import RunState, Saved, Training, backbone, generators, write_state
 from retrain.loops.interrupt import Interrupted, Stop
 from retrain.models import Policy, save_policy
 from retrain.rollout import Sampler
@@ -68,6 +68,9 @@ class RunContext:
         if self.resumed is not None:
             rows = run.metrics_of(self.resumed.state.stage)
             self.last_metrics = rows[-1] if rows else {}
+            self.resumed.state.put_generators()
+            if self.resumed.state.finished:
+                self.resumed = None
 
     @property
     def run(self) -> RunDirectory:
@@ -96,12 +99,9 @@ class RunContext:
         await self.engine.update_weights(self.version)
 
     def take_resumed(self, stage: str) -> Saved | None:
-        """What a stage that was under way goes on from; the first to ask with its name gets it."""
-        saved = self.resumed
-        if saved is None or saved.state.finished or saved.state.stage != stage:
-            return None
-        self.resumed = None
-        return saved
+        """What a training stage goes on from, if it was under way; the first one to ask."""
+        saved, self.resumed = self.resumed, None
+        return saved if saved and saved.state.stage == stage else None
 
     async def weights_changed(self) -> None:
         self.version += 1
@@ -126,6 +126,7 @@ class RunContext:
             critic=backbone(self.critic),
             results=[asdict(result) for result in self.results],
             sizes=self.run.sizes(),
+            generators=generators(),
         )
 
     def save_checkpoint(
@@ -149,13 +150,15 @@ class RunContext:
         checkpoints = Checkpoints(self.run.directory("checkpoints"))
         name = state.stage if state.finished else f"{state.stage}-{state.step:06d}"
         about = {"stage": state.stage, "step": state.step, "finished": state.finished}
-        saved = checkpoints.write(name, about | {"value": value}, fill)
+        metric = None if best is None else best.metric
+        saved = checkpoints.write(name, about | {"metric": metric, "value": value}, fill)
         self.checkpoint = str(saved.path)
         self._saved_at = _place(state)
         checkpoints.drop_old(
             state.stage,
             keep_last=settings.keep_last,
             keep_best=0 if best is None else best.count,
+            metric=metric,
             highest=best is None or best.mode == "max",
         )
 
@@ -177,14 +180,20 @@ class RunContext:
         try:
             yield
         except BaseException as error:
-            if state.step > 0 and _place(state) != self._saved_at:
-                try:
-                    self.save_checkpoint(config, state, training)
-                except Exception as failure:
-                    logger.warning("the state of the run was not saved: %s", failure)
+            self.save_if_new(config, state, training)
             if isinstance(error, Interrupted):
                 error.checkpoint = self.checkpoint
             raise
+
+    def save_if_new(
+        self, config: TrainingConfig, state: RunState, training: Training | None
+    ) -> None:
+        """Save what a run that is about to end has learnt since its last checkpoint."""
+        if state.step > 0 and _place(state) != self._saved_at:
+            try:
+                self.save_checkpoint(config, state, training)
+            except Exception as failure:
+                logger.warning("the state of the run was not saved: %s", failure)
 
     def write_down(self, error: NotFiniteError, stage: str, step: int) -> UserError:
         """Save the batch of a loss that is not finite; the error then says where it is."""

@@ -25,16 +25,17 @@ def repeatable(seed: int) -> Iterator[None]:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     settings: Any = torch.utils.deterministic
     filled = settings.fill_uninitialized_memory
     if not torch.cuda.is_available():
-        torch.use_deterministic_algorithms(True)
+        # As use_deterministic_algorithms(True), which takes two seconds to import a compiler.
+        torch.set_deterministic_debug_mode("error")
         settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
         settings.fill_uninitialized_memory = filled
 
 

@@ -24,7 +24,7 @@ from retrain.loops.evaluate import EvalStage
 from retrain.loops.metrics import rollout_metrics
 from retrain.loops.monitors import Monitors
 from retrain.loops.survivors import Losses, large_enough, smallest_group
-from retrain.loops.update import build_update, check_critic
+from retrain.loops.update import PolicyUpdate, build_update, check_critic
 from retrain.rewards import RewardCalculator
 from retrain.rollout import Sampler
 from retrain.types import Rollout, Sample, Task, UserError
@@ -72,80 +72,81 @@ class RLStage:
         )
 
     async def execute(self, context: RunContext) -> None:
-        context.progress.stage(self.name, total=self.settings.steps, kind="rl")
-        tasks = Cursor(self.tasks, place="prompt_source")
-        update = build_update(
-            self.settings, context.policy, seed=self.config.seed, critic=context.critic
-        )
-        context.critic = update.learner.critic
-        training = Training(update.learner, update.reference)
-        monitors = Monitors(thresholds(self.config), stage=self.name)
-        most = self.config.rollout.max_lost_steps
-        losses = Losses(self.name, context.run, context.engine, max_lost_steps=most)
-        state = self._resume(context, tasks, training, monitors)
+        work = self._begin(context)
+        state = self._resume(work, context)
+        context.progress.stage(self.name, total=self.settings.steps, kind="rl", done=state.step)
         if not state.evaluated:
-            with context.saved_on_failure(self.config, state, training):
+            with context.saved_on_failure(self.config, state, work.training):
                 await context.stop.watch(self._evaluate(state.step, context))
-            self._save(state.step, tasks, training, context)
+        if not state.evaluated or state.step == self.settings.steps:
+            self._save(state.step, work, context)
         for step in range(state.step + 1, self.settings.steps + 1):
-            if not losses.streak:
-                state = self._stand(step - 1, tasks, training, context)
+            if not work.losses.streak:  # steps that are lost are made again by a resumed run
+                state = self._stand(step - 1, work, context)
             started = time.perf_counter()
-            with context.saved_on_failure(self.config, state, training):
+            with context.saved_on_failure(self.config, state, work.training):
                 context.stop.check()
-                groups, chosen = await context.stop.watch(self._sample(tasks))
+                groups, chosen = await context.stop.watch(self._sample(work.tasks))
+                rollouts = [rollout for group in groups for rollout in group]
+                self.calculator.end_step(rollouts)
             generated = time.perf_counter()
 
-            metrics = losses.observe(step, groups) | rollout_metrics(
+            metrics = work.losses.observe(step, groups) | rollout_metrics(
                 groups,
                 self.config.evaluation,
                 version=context.version,
                 per_turn=self.settings.credit == "turn",
                 min_group_size=smallest_group(self.config),
             )
-            try:
-                samples = update.samples(chosen)
-                if samples:
-                    metrics |= await update.learn(samples, step, context.weights_changed)
-            except NotFiniteError as error:
-                raise context.write_down(error, self.name, step) from error
-            metrics |= _speed(groups, samples, generated - started, generated)
-            metrics["alerts"] = float(len(monitors.observe(step, metrics)))
+            samples, learnt = await self._learn(step, chosen, state, work, context)
+            metrics |= learnt | _speed(groups, samples, generated - started, generated)
+            metrics["alerts"] = float(len(work.monitors.observe(step, metrics)))
             context.log(self.name, step, metrics)
+            if self.config.tracking.rollouts:
+                advantages = rollout_advantages(samples)
+                context.run.write_rollouts(self.name, step, rollouts, advantages)
 
-            self.calculator.end_step([rollout for group in groups for rollout in group])
-            self._write_down(step, groups, rollout_advantages(samples), context)
-            with context.saved_on_failure(self.config, state, training):
-                losses.check(step)
-            state = self._stand(step, tasks, training, context)
-            unevaluated = replace(state, finished=False, evaluated=False)
-            with context.saved_on_failure(self.config, unevaluated, training):
+            with context.saved_on_failure(self.config, state, work.training):
+                work.losses.check(step)
+            if not work.losses.streak:
+                state = self._stand(step, work, context)
+                state = replace(state, finished=False, evaluated=False)
+            with context.saved_on_failure(self.config, state, work.training):
                 await context.stop.watch(self._evaluate(step, context))
-            self._save(step, tasks, training, context)
+            self._save(step, work, context)
 
-    def _resume(
-        self,
-        context: RunContext,
-        tasks: Cursor[Task],
-        training: Training,
-        monitors: Monitors,
-    ) -> RunState:
-        """Put everything to where the stage was left, if it was; where it stands now."""
+    def _begin(self, context: RunContext) -> _Work:
+        update = build_update(
+            self.settings, context.policy, seed=self.config.seed, critic=context.critic
+        )
+        context.critic = update.learner.critic
+        most = self.config.rollout.max_lost_steps
+        return _Work(
+            tasks=Cursor(self.tasks, place="prompt_source"),
+            update=update,
+            training=Training(update.learner, update.reference),
+            monitors=Monitors(thresholds(self.config), stage=self.name),
+            losses=Losses(self.name, context.run, context.engine, max_lost_steps=most),
+        )
+
+    def _resume(self, work: _Work, context: RunContext) -> RunState:
+        """Put everything to where the stage was left, if it was; where it stands now.
+
+        Raises:
+            UserError: the data is no longer the same, or more steps are done than there are to be.
+        """
         saved = context.take_resumed(self.name)
         if saved is None:
-            return self._stand(0, tasks, training, context)
-        tasks.restore(saved.state.position)
+            return self._stand(0, work, context)
+        saved.check_steps(self.settings.steps)
+        work.tasks.restore(saved.state.position)
         self.calculator.restore(saved.state.rewards)
-        training.restore(saved.tensors, saved.state.updates)
-        rows = context.run.metrics_of(self.name)
-        monitors.replay(rows)
-        context.progress.update(saved.state.step, rows[-1] if rows else {})
-        saved.put_random_state()
+        work.training.restore(saved)
+        work.monitors.replay(context.run.metrics_of(self.name))
+        saved.state.put_generators()
         return saved.state
 
-    def _stand(
-        self, step: int, tasks: Cursor[Task], training: Training, context: RunContext
-    ) -> RunState:
+    def _stand(self, step: int, work: _Work, context: RunContext) -> RunState:
         """Where the stage stands after `step` steps."""
         return context.stand(
             RunState(
@@ -153,11 +154,41 @@ class RLStage:
                 step=step,
                 finished=step == self.settings.steps,
                 version=context.version,
-                position=tasks.position(),
-                updates=training.learner.updates,
+                position=work.tasks.position(),
+                updates=work.update.learner.updates,
                 rewards=self.calculator.state(),
             )
         )
+
+    def _save(self, step: int, work: _Work, context: RunContext) -> None:
+        every = self.config.checkpoint.every_steps
+        if step == self.settings.steps or (every is not None and step % every == 0):
+            context.save_checkpoint(self.config, self._stand(step, work, context), work.training)
+
+    async def _learn(
+        self,
+        step: int,
+        chosen: Sequence[Sequence[Rollout]],
+        before: RunState,
+        work: _Work,
+        context: RunContext,
+    ) -> tuple[list[Sample], dict[str, float]]:
+        """What trained, and the metrics of the updates.
+
+        Raises:
+            UserError: a loss or gradient is not finite; its batch is written down, and `before`
+                saved where no update of the step was made.
+        """
+        update = work.update
+        try:
+            samples = update.samples(chosen)
+            if not samples:
+                return samples, {}
+            return samples, await update.learn(samples, step, context.weights_changed)
+        except NotFiniteError as error:
+            if update.learner.updates == before.updates:
+                context.save_if_new(self.config, before, work.training)
+            raise context.write_down(error, self.name, step) from error
 
     async def _sample(
         self, tasks: Iterator[tuple[int, Task]]
@@ -193,35 +224,27 @@ class RLStage:
                 weight=overlong.weight,
             )
 
-    def _save(
-        self, step: int, tasks: Cursor[Task], training: Training, context: RunContext
-    ) -> None:
-        every = self.config.checkpoint.every_steps
-        if step == self.settings.steps or (every is not None and step % every == 0):
-            state = self._stand(step, tasks, training, context)
-            context.save_checkpoint(self.config, state, training)
-
     async def close(self) -> None:
         await self.sampler.environment.close()
         if self.evaluation is not None:
             await self.evaluation.close()
-
-    def _write_down(
-        self,
-        step: int,
-        groups: Sequence[Sequence[Rollout]],
-        advantages: dict[str, float],
-        context: RunContext,
-    ) -> None:
-        if self.config.tracking.rollouts:
-            rollouts = [rollout for group in groups for rollout in group]
-            context.run.write_rollouts(self.name, step, rollouts, advantages)
 
     async def _evaluate(self, step: int, context: RunContext) -> None:
         evaluation = self.evaluation
         every = None if evaluation is None else evaluation.settings.every_steps
         if evaluation is not None and every is not None and step % every == 0:
             await evaluation.evaluate(context, evaluation.name, step=step, report=False)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a stage has in memory while it is executed."""
+
+    tasks: Cursor[Task]
+    update: PolicyUpdate
+    training: Training
+    monitors: Monitors
+    losses: Losses
 
 
 def thresholds(config: TrainingConfig) -> dict[str, float | None]:

@@ -93,6 +93,8 @@ async def run(
         for name, kind, stage_config in stages_left(stages, going_on):
             prepared.append(STAGES[kind].prepare(name, stage_config, context))
             closing.push_async_callback(prepared[-1].close)
+        if deterministic:
+            deterministic = all([await m.engine.prepare() for m in context.user_models.values()])
         directory = found or RunDirectory.create(checked.output_dir, checked.experiment_name)
         if found is None:
             closing.enter_context(directory.locked())
@@ -146,13 +148,12 @@ async def _execute(
         for line in (f"run directory: {directory.path}", *news):
             progress.line(line)
         context.begin(directory, progress, stop)
-        if context.resumed is not None:
-            context.resumed.put_random_state()
         directory.describe(status="running")
         try:
             for stage in stages:
                 await stage.execute(context)
             stop.check()
+            _write_results(config, context)
             status = "completed"
         except Interrupted as interrupted:
             interrupted.checkpoint = interrupted.checkpoint or context.checkpoint
@@ -161,7 +162,8 @@ async def _execute(
         finally:
             with suppress(UserError):
                 directory.describe(status=status)
-    _write_results(config, context)
+    if context.results:
+        print_results(context.results)
     _say_where(context)
 
 
@@ -193,7 +195,6 @@ def _write_results(config: TrainingConfig, context: RunContext) -> None:
             for r in context.results
         ]
         context.run.write_text("results.json", json.dumps(rows, indent=1) + "\n")
-        print_results(context.results)
     if config.tracking.plots:
         plot_curves(context.run)
 

@@ -55,13 +55,17 @@ class SFTStage:
         return cls(name, config, settings, traces, renderer, steps, tools)
 
     async def execute(self, context: RunContext) -> None:
-        context.progress.stage(self.name, total=self.steps, kind="sft")
         learner = build_learner(self.settings, context.policy, total_updates=self.steps)
         order = TraceSource(self.traces, shuffle=self.settings.shuffle, seed=self.config.seed)
         traces = Cursor(order, place="sft.dataset", noun="trace")
         batches = self._batches(traces, context.engine.context_limit)
         every = self.config.checkpoint.every_steps
         state = self._resume(context, traces, learner)
+        context.progress.stage(self.name, total=self.steps, kind="sft", done=state.step)
+        if state.step == self.steps:
+            context.save_checkpoint(
+                self.config, self._stand(state.step, context, traces, learner), Training(learner)
+            )
         for step in range(state.step + 1, self.steps + 1):
             started = time.perf_counter()
             with context.saved_on_failure(self.config, state, Training(learner)):
@@ -91,11 +95,10 @@ class SFTStage:
         saved = context.take_resumed(self.name)
         if saved is None:
             return self._stand(0, context, traces, learner)
+        saved.check_steps(self.steps)
         traces.restore(saved.state.position)
-        Training(learner).restore(saved.tensors, saved.state.updates)
-        rows = context.run.metrics_of(self.name)
-        context.progress.update(saved.state.step, rows[-1] if rows else {})
-        saved.put_random_state()
+        Training(learner).restore(saved)
+        saved.state.put_generators()
         return saved.state
 
     def _stand(
@@ -169,12 +172,20 @@ def traces_and_steps(config: TrainingConfig, settings: SFTConfig) -> tuple[list[
     """What an SFT stage trains on, and how many steps it takes.
 
     Raises:
-        UserError: bad data, or traces that call tools where there are none.
+        UserError: bad data, traces that call tools where there are none, or a warm-up that takes
+            all the steps.
     """
     traces = load_traces(settings.dataset, params=settings.params)
     check_calls(traces, config)
-    epochs = settings.epochs * len(traces) // settings.batch_size
-    return traces, settings.steps or max(1, epochs)
+    steps = settings.steps or max(1, settings.epochs * len(traces) // settings.batch_size)
+    if settings.warmup_steps >= steps:
+        raise UserError(
+            f"sft.warmup_steps is {settings.warmup_steps}, but {settings.epochs} x {len(traces)} "
+            f"traces in batches of {settings.batch_size} make {steps} steps: none would have the "
+            "learning_rate given",
+            "Lower warmup_steps, or train for more epochs.",
+        )
+    return traces, steps
 
 
 def check_calls(traces: Sequence[Trace], config: TrainingConfig) -> None:

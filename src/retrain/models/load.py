@@ -92,7 +92,7 @@ def check_origin(config: ModelConfig) -> str:
     _check_unsloth(config)
     if not _is_local(name):
         return f"{name} from the hub, fetched by the run unless it is cached{adapted}"
-    _check_directory(name)
+    _check_directory(name, config.revision)
     return f"{name}{adapted}"
 
 
@@ -190,7 +190,7 @@ def _from_pretrained(config: ModelConfig) -> tuple[Any, Any]:
 
     name = str(config.name_or_path)
     if _is_local(name):
-        _check_directory(name)
+        _check_directory(name, config.revision)
         name = str(_local(name).resolve())  # an adapter's own config will name its base by this
     adapter = _is_adapter(Path(name))
     remote = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
@@ -223,8 +223,12 @@ def _is_local(name: str) -> bool:
     return _local(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
-def _check_directory(name: str) -> None:
+def _check_directory(name: str, revision: str | None) -> None:
     directory = _local(name)
+    if revision is not None:
+        raise UserError(
+            f"model.revision {revision!r} does nothing for the directory {name}", "Remove it."
+        )
     if not directory.is_dir():
         raise UserError(f"model directory {name} does not exist", "Check model.name_or_path.")
     if not any((directory / f).is_file() for f in ("config.json", "adapter_config.json")):

@@ -20,6 +20,7 @@ from retrain.tracking import durable
 from retrain.types import UserError
 
 MANIFEST_FILE = "manifest.json"
+PART = ".part"
 FORMAT = 1
 
 
@@ -65,7 +66,7 @@ class Checkpoints:
             UserError: the disk is full or not writable; what was there before still is.
         """
         target = self.directory / name
-        beside = self.directory / f".{name}.{os.getpid()}.part"
+        beside = self.directory / f".{name}.{os.getpid()}{PART}"
         try:
             with durable.disk_errors(target):
                 shutil.rmtree(beside, ignore_errors=True)
@@ -81,10 +82,9 @@ class Checkpoints:
                 text = json.dumps(manifest, indent=1) + "\n"
                 durable.write(beside / MANIFEST_FILE, text.encode())
                 durable.sync(beside)
-                if target.exists():
-                    durable.remove(target)
-                durable.rename(beside, target)
+                durable.replace(beside, target)
         except UserError as error:
+            self.sweep()
             raise UserError(error.cause, f"{error.next_step} {self._what_is_left()}") from error
         finally:
             shutil.rmtree(beside, ignore_errors=True)
@@ -109,25 +109,38 @@ class Checkpoints:
             problems.append(f"{checkpoint.path.name}: {damage}")
         return None, problems
 
-    def drop_old(self, stage: str, *, keep_last: int, keep_best: int, highest: bool) -> None:
-        """Of those saved during a stage, keep the last, and those of the best `value`s; the one at
-        its end stays in any case."""
+    def drop_old(
+        self, stage: str, *, keep_last: int, keep_best: int, metric: str | None, highest: bool
+    ) -> None:
+        """Of those saved during a stage, keep the last, and those with the best values of a metric;
+        the one at its end stays in any case.
+
+        Raises:
+            UserError: one cannot be removed.
+        """
         during = [
             checkpoint
             for checkpoint in self.all()
             if checkpoint.about["stage"] == stage and not checkpoint.about["finished"]
         ]
-        rated = [checkpoint for checkpoint in during if checkpoint.about["value"] is not None]
+        rated = [
+            checkpoint
+            for checkpoint in during
+            if checkpoint.about["value"] is not None and checkpoint.about["metric"] == metric
+        ]
         rated.sort(key=lambda checkpoint: float(checkpoint.about["value"]), reverse=highest)
         kept = {checkpoint.path for checkpoint in [*during[-keep_last:], *rated[:keep_best]]}
         for checkpoint in during:
             if checkpoint.path not in kept:
-                durable.remove(checkpoint.path)
+                with durable.disk_errors(checkpoint.path, "remove"):
+                    durable.remove(checkpoint.path)
 
     def sweep(self) -> None:
-        """Remove what writers that were killed left behind."""
+        """Put right what a writer that was cut short left behind."""
         for path in self.directory.glob(".*"):
-            if path.suffix in (".part", ".gone"):
+            if path.suffix == durable.ASIDE:
+                durable.put_back(path)
+            elif path.suffix in (PART, durable.GONE):
                 shutil.rmtree(path, ignore_errors=True)
 
     def _directories(self) -> Iterator[Path]:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 from retrain.types import UserError
 
+GONE, ASIDE = ".gone", ".aside"
+
 
 def write(path: Path, data: bytes) -> None:
     """Write a file and sync it; its directory entry is not."""
@@ -43,9 +45,34 @@ def rename(source: Path, target: Path) -> None:
     sync(target.parent)
 
 
+def replace(source: Path, target: Path) -> None:
+    """Rename a directory to where another may be: at any moment the old one or the new one is
+    there, or the old one as `put_aside(target)`, from where `put_back` fetches it."""
+    old = put_aside(target)
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        rename(target, old)
+    rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def put_aside(target: Path) -> Path:
+    """Where `replace` keeps the old directory until the new one is there."""
+    return target.with_name(f".{target.name}{ASIDE}")
+
+
+def put_back(old: Path) -> None:
+    """Undo what a `replace` that was cut short has done; `old` is where it put something aside."""
+    target = old.with_name(old.name.removeprefix(".").removesuffix(ASIDE))
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        rename(old, target)
+
+
 def remove(path: Path) -> None:
     """Remove a directory and all in it, in one rename as far as a reader can see."""
-    gone = path.with_name(f".{path.name}.gone")
+    gone = path.with_name(f".{path.name}{GONE}")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)
     shutil.rmtree(gone, ignore_errors=True)

@@ -38,7 +38,7 @@ class Progress:
         self._bars: Bars | None = None
         self._bar: TaskID | None = None
         self._stage: str | None = None
-        self._total = self._step = 0
+        self._total = self._step = self._begun = 0
         self._every = 1
         self._started = 0.0
         self._shown = ""
@@ -60,17 +60,18 @@ class Progress:
             self._bars.stop()
             self._bars = None
 
-    def stage(self, name: str, *, total: int, kind: StageKind) -> None:
-        """Begin a stage of `total` steps; the one before it ends."""
+    def stage(self, name: str, *, total: int, kind: StageKind, done: int = 0) -> None:
+        """Begin a stage of `total` steps, or go on with it after `done`; the one before it ends."""
         self._end_stage()
-        self._stage, self._total, self._step, self._shown = name, total, 0, ""
+        self._stage, self._total, self._step, self._shown = name, total, done, ""
+        self._begun = done
         self._every = max(1, math.ceil(total / _PLAIN_LINES))
         self._started = time.monotonic()
         title = name if name == kind else f"{name} ({kind})"
         if self._bars is not None:
-            self._bar = self._bars.add_task(title, total=total, shown="")
+            self._bar = self._bars.add_task(title, total=total, completed=done, shown="")
         elif not self._quiet:
-            self._print(f"{title}: {total} steps")
+            self._print(f"{title}: {total} steps" + (f", {done} of them done" if done else ""))
 
     def update(self, step: int, metrics: Mapping[str, float]) -> None:
         """`step` steps of the stage are done; `metrics` are those that metrics.jsonl gets.
@@ -85,7 +86,8 @@ class Progress:
         if self._bars is not None and self._bar is not None:
             self._bars.update(self._bar, completed=step, shown=self._shown)
         elif not self._quiet and step % self._every == 0 and step < self._total:
-            left = (time.monotonic() - self._started) / step * (self._total - step) if step else 0
+            made = max(step - self._begun, 1)
+            left = (time.monotonic() - self._started) / made * (self._total - step)
             self._print(f"{self._stage}: {step}/{self._total}  {self._shown}  {left:.0f} s left")
 
     def line(self, text: str) -> None:
@@ -99,7 +101,8 @@ class Progress:
         verb = "done" if finished else "stopped"
         if self._bars is None and not self._quiet:
             shown = f"  {self._shown}" if self._shown else ""
-            self._print(f"{self._stage}: {verb}, {self._step} steps in {seconds:.1f} s{shown}")
+            made = self._step - self._begun
+            self._print(f"{self._stage}: {verb}, {made} steps in {seconds:.1f} s{shown}")
         elif self._bars is not None and self._bar is not None:
             self._bars.stop_task(self._bar)
         self._stage = None

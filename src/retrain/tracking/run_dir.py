@@ -34,6 +34,8 @@ FAILURES_SHOWN = 20
 
 CAUSE_CHARS = 500
 
+_PARTIAL = ".partial"
+
 _PLACE = ("stage", "step")
 """Columns that say which row it is."""
 
@@ -116,13 +118,15 @@ class RunDirectory:
                 durable.sync(self.path / name)
 
     def cut_back(self, sizes: Mapping[str, int]) -> None:
-        """Cut the files that only grow to what they were when `sizes` was taken.
+        """Cut the files that only grow to what they were when `sizes` was taken, and remove what
+        was never written to its end.
 
         Raises:
             UserError: one is shorter than that.
         """
-        for name, found in self.sizes().items():
-            wanted, path = sizes.get(name, 0), self.path / name
+        present = self.sizes()
+        for name in {**present, **sizes}:
+            found, wanted, path = present.get(name, 0), sizes.get(name, 0), self.path / name
             if found < wanted:
                 raise UserError(
                     f"{path} has {found} bytes; at the checkpoint it had {wanted}",
@@ -130,6 +134,8 @@ class RunDirectory:
                 )
             with disk_errors(path):
                 os.truncate(path, wanted)
+        for path in self.path.rglob(f".*{_PARTIAL}"):
+            path.unlink(missing_ok=True)
 
     def directory(self, name: str) -> Path:
         """A directory of the run (`checkpoints`, `plots`, ...), made if it is not there."""
@@ -234,7 +240,7 @@ class RunDirectory:
     def write_bytes(self, name: str, data: bytes) -> Path:
         """Write a file, as a whole or not at all; `name` may hold directories."""
         path = self.path / name
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f".{path.name}.{os.getpid()}{_PARTIAL}")
         with disk_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
