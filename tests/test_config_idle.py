@@ -118,9 +118,7 @@ def test_check_tells_what_may_be_meant(sections: dict[str, Any], line: str) -> N
 
 def test_a_warm_up_that_takes_every_epoch_is_refused(tmp_path: Path) -> None:
     sections = {"sft": sft_section(steps=None, warmup_steps=20), "stages": [SFT]}
-    with pytest.raises(
-        UserError, match="warmup_steps is 20, but 1 x 320 traces"
-    ):
+    with pytest.raises(UserError, match="warmup_steps is 20, but 1 x 320 traces"):
         check(load_config(rl_config(tmp_path, **sections)))
 
 
