@@ -166,7 +166,7 @@ def _common(job: Job, model: str) -> dict[str, Any]:
             "tool_format": {"type": "native"},
             "max_steps": 2,
         },
-        "engine": {"num_threads": 1},
+        "engine": {"num_threads": 1, "deterministic": False},
         "tracking": {"rollouts": False, "plots": False, "progress": "off"},
     }
 

@@ -46,9 +46,11 @@ class ToolEnvironment(Environment):
         self.timeout_s = timeout_s
         self.retries = retries
         self.max_output_chars = max_output_chars
-        self.describe_tools = describe_tools
         self.enabled = enabled
         self._schemas = tuple(tool_schema(tool) for tool in self.tools)
+        self._about = ""
+        if describe_tools and renderer.tool_format is not None:
+            self._about = renderer.tool_format.describe(self._schemas)
         self._runner: ToolRunner | None = None
 
     @property
@@ -56,10 +58,7 @@ class ToolEnvironment(Environment):
         return self._schemas
 
     def opening(self, task: Task) -> Sequence[Message]:
-        if not self.describe_tools or self.renderer.tool_format is None:
-            return task.prompt
-        about = self.renderer.tool_format.describe(self._schemas)
-        return _with_system(task.prompt, about) if about else task.prompt
+        return _with_system(task.prompt, self._about) if self._about else task.prompt
 
     async def reset(self, task: Task) -> Sequence[Message]:
         self._runner = ToolRunner(
