@@ -26,7 +26,8 @@ batching is slower on a CPU), without a reference model (beta 0) and without gra
 checkpointing, in micro-batches of 16 rollouts, which cost no more time than one of 128 and take
 well under half its memory (`--trl-set per_device_train_batch_size=128 --trl-set
 gradient_accumulation_steps=1` for the latter). retrain with one thread for decoding, as tiny
-models want, and without its deterministic mode, which TRL does not have; both without per-step files of rollouts.
+models want, and without its deterministic mode, which TRL does not have; both without per-step
+files of rollouts.
 """
 
 from __future__ import annotations
