@@ -184,8 +184,8 @@ def test_the_users_error_is_found_in_a_group(config: str, loops: Recorder) -> No
 def test_resume_may_stand_alone(
     arguments: tuple[str, ...], expected: str | None, config: str, loops: Recorder
 ) -> None:
-    for command in ("run", "sft"):
-        assert invoke(command, config, *arguments).exit_code == 0
+    for command in (("run", config), ("sft", config), ("demo",)):
+        assert invoke(*command, *arguments).exit_code == 0
         assert loops.resume[-1] == expected
 
 
@@ -202,6 +202,8 @@ def test_a_run_that_was_stopped_says_how_it_goes_on(
         "interrupted; saved: runs/poem-001/checkpoints/rl-000004\n"
         "  Go on with the same command and --resume.\n"
     )
+    stopped.checkpoint = None
+    assert invoke("eval", config).stderr == "interrupted; there was nothing to save yet\n"
 
 
 def test_ctrl_c_is_one_line(config: str) -> None:

@@ -117,16 +117,17 @@ def check(config: ConfigFile, overrides: Set = None, debug: Debug = False) -> No
         typer.echo(check_config(loaded))
 
 
-@app.command()
+@app.command(cls=ResumingCommand)
 def demo(
     overrides: Set = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the run.")] = None,
     output_dir: OutputDir = None,
+    resume: Resume = None,
     debug: Debug = False,
 ) -> None:
     """Teach a tiny model to use a tool, from scratch: the whole loop in about a minute."""
     with _errors(debug), as_file(files("retrain") / "recipes" / "demo" / "demo.yaml") as recipe:
-        _run(recipe, _overrides(overrides, output_dir, seed))
+        _run(recipe, _overrides(overrides, output_dir, seed), resume=resume)
 
 
 @app.command(cls=ResumingCommand)
@@ -182,8 +183,11 @@ def _run(
     try:
         asyncio.run(run(config, only=only, resume=resume))
     except Interrupted as interrupted:
-        _say(f"interrupted; saved: {interrupted.checkpoint or 'nothing, there was nothing new'}")
-        _say("  Go on with the same command and --resume.")
+        if interrupted.checkpoint is None:
+            _say("interrupted; there was nothing to save yet")
+        else:
+            _say(f"interrupted; saved: {interrupted.checkpoint}")
+            _say("  Go on with the same command and --resume.")
         raise typer.Exit(interrupted.exit_code) from None
 
 
