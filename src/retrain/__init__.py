@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from retrain.config.load import load_config
     from retrain.config.root import TrainingConfig
     from retrain.envs.base import Environment
+    from retrain.loops.interrupt import Interrupted
     from retrain.loops.run import run, run_sync
     from retrain.loops.sft import SFTTrainer
     from retrain.native import GRPO, PPO, BoxedReward, ModelGenerate, QASolverEnv
@@ -33,6 +34,7 @@ _HOMES = {
     "BoxedReward": "retrain.native",
     "Environment": "retrain.envs.base",
     "GRPO": "retrain.native",
+    "Interrupted": "retrain.loops.interrupt",
     "Message": "retrain.types",
     "MessageType": "retrain.types",
     "ModelGenerate": "retrain.native",
@@ -59,6 +61,7 @@ __all__ = [
     "PPO",
     "BoxedReward",
     "Environment",
+    "Interrupted",
     "Message",
     "MessageType",
     "ModelGenerate",
