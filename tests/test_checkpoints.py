@@ -109,15 +109,24 @@ def test_a_damaged_checkpoint_is_told_of_and_the_one_before_is_used(
     assert Checkpoints(begun / "checkpoints").newest_good()[1] == []
 
 
-def test_when_all_are_damaged_it_begins_again(
-    begun: Path, whole: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_when_all_are_damaged_nothing_is_touched(begun: Path) -> None:
     for path in (begun / "checkpoints").iterdir():
         flip(path / "config.json")
+    before = left_behind(begun)
+    for which in ("latest", "auto"):
+        with pytest.raises(UserError) as error:
+            retrain.run_sync(config(begun.parent), resume=which)
+        assert str(error.value).count("config.json has another checksum") == 3
+        assert "Put one back as it was" in str(error.value)
+    assert left_behind(begun) == before
+
+
+def test_a_run_without_a_checkpoint_begins_again(
+    begun: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(begun / "checkpoints")
     resume(begun)
-    said = capsys.readouterr().out
-    assert said.count("config.json has another checksum") == 3
-    assert "resuming: there is no checkpoint, so from the start" in said
+    assert "resuming: there is no checkpoint, so from the start" in capsys.readouterr().out
     assert left_behind(begun) == left_behind(whole)
 
 
@@ -250,11 +259,26 @@ def test_the_best_are_kept(tmp_path: Path) -> None:
         assert len(kept) in (3, 4)
 
 
+def test_a_metric_that_there_is_not_rates_nothing(tmp_path: Path) -> None:
+    changed = config(tmp_path)
+    changed["checkpoint"] = {"every_steps": 1, "keep_best": {"metric": "reward/maen"}}
+    with pytest.raises(
+        UserError, match=r"no step of rl has a metric reward/maen\n  Did you mean rew"
+    ):
+        retrain.run_sync(changed)
+    changed["checkpoint"]["keep_best"]["metric"] = "reward/mean"
+    assert retrain.run_sync(changed, resume="latest").path == tmp_path / "t-001"
+    changed["checkpoint"]["keep_best"]["metric"] = "eval/greedy/success"
+    with pytest.raises(UserError, match=r"eval/greedy/success: no evaluation during stage rl"):
+        load_config(changed)
+
+
 def test_a_manifest_tells_every_file(whole: Path) -> None:
     path = whole / "checkpoints" / "rl"
     manifest = json.loads((path / "manifest.json").read_text())
     files = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     assert set(manifest["files"]) == files - {"manifest.json"}
+    assert len({p.stat().st_mode for p in path.rglob("*") if p.is_file()}) == 1
     size, digest = manifest["files"]["config.json"]
     assert size == (path / "config.json").stat().st_size and len(digest) == 64
 

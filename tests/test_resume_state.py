@@ -185,3 +185,53 @@ async def test_stopped_in_the_last_evaluation_it_makes_it_and_ends(
     left, expected = left_behind(run), left_behind(plain)
     assert left["metrics"] == expected["metrics"] and left["metrics"][-1]["stage"] == "rl-eval"
     assert left["tensors"]["rl/model.safetensors"] == expected["tensors"]["rl/model.safetensors"]
+
+
+class Counts:
+    """A reward whose state is what a test makes it."""
+
+    def __init__(self, state: str) -> None:
+        self.state = {"int keys": {3: 7}, "set": {"seen": {1}}, "nan": [float("nan")]}[state]
+
+    def __call__(self, rollout: Rollout) -> float:
+        return float(len(rollout.completion))
+
+    def end_step(self, rollouts: Any) -> None: ...
+
+    def state_dict(self) -> Any:
+        return self.state
+
+    def load_state_dict(self, state: Any) -> None: ...
+
+
+class Half:
+    def __call__(self, rollout: Rollout) -> float:
+        return 0.0
+
+    def state_dict(self) -> Any:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ("int keys", r"comes back from a checkpoint as \{'3': 7\}, not as \{3: 7\}"),
+        ("set", "cannot hold its state_dict.*set is not JSON serializable"),
+        ("nan", "cannot hold its state_dict.*not JSON compliant"),
+    ],
+)
+def test_a_state_that_would_not_come_back_is_refused_at_the_start(
+    state: str, message: str, tmp_path: Path
+) -> None:
+    reward = {"function": "test_resume_state:Counts", "params": {"state": state}}
+    sections = {"reward_setup": {"rollout_reward_configs": {"counts": reward}}}
+    with pytest.raises(UserError, match=f"reward 'counts': .*{message}"):
+        retrain.run_sync(config(tmp_path) | sections)
+    assert not (tmp_path / "t-001" / "metrics.jsonl").exists()
+
+
+def test_half_a_state_is_refused(tmp_path: Path) -> None:
+    reward = {"function": "test_resume_state:Half"}
+    sections = {"reward_setup": {"rollout_reward_configs": {"half": reward}}}
+    with pytest.raises(UserError, match="no end_step and no load_state_dict"):
+        retrain.run_sync(config(tmp_path) | sections)

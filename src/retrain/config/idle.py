@@ -33,7 +33,26 @@ def idle_keys(config: TrainingConfig, stages: Stages) -> Iterator[tuple[str, str
             "Remove it, or add section evaluation (and a stage of kind eval where stages are "
             "listed).",
         )
+    yield from _unrated_checkpoints(stages)
     yield from _idle_monitors(stages)
+
+
+def _unrated_checkpoints(stages: Stages) -> Iterator[tuple[str, str]]:
+    """Those that are to be kept by an evaluation that is never made during a stage."""
+    for name, kind, stage in stages:
+        best, evaluation = stage.checkpoint.keep_best, stage.evaluation
+        if best is None or not best.metric.startswith("eval/") or kind != "rl":
+            continue
+        during = evaluation is not None and evaluation.every_steps is not None
+        modes = [mode.name for mode in evaluation.modes] if evaluation and during else []
+        if not any(best.metric.startswith(f"eval/{mode}/") for mode in modes):
+            yield (
+                f"checkpoint.keep_best.metric {best.metric}: no evaluation during stage {name} "
+                "gives it",
+                f"Modes that are evaluated then: {', '.join(modes)}."
+                if modes
+                else "Set evaluation.every_steps.",
+            )
 
 
 def _idle_monitors(stages: Stages) -> Iterator[tuple[str, str]]:

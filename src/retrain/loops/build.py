@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +58,7 @@ from retrain.rewards import (
     resolve_verifier,
     takes_sandbox,
 )
+from retrain.rewards.state import reward_object
 from retrain.rollout import ModelUser, Sampler
 from retrain.sandbox import Sandbox, make_sandbox
 from retrain.tools import Tool, resolve_tool
@@ -324,7 +324,7 @@ def _spec(key: str, config: RewardConfig, kind: RewardKind, sandbox: Sandbox) ->
             )
         params["sandbox"] = sandbox
     if inspect.isclass(function):
-        function, params = _reward_object(key, function, params), {}
+        function, params = reward_object(key, function, params), {}
     return RewardSpec(
         name=key,
         function=function,
@@ -335,23 +335,6 @@ def _spec(key: str, config: RewardConfig, kind: RewardKind, sandbox: Sandbox) ->
         verifier_penalty=config.verifier_penalty,
         distribution_strategy=strategy,
     )
-
-
-def _reward_object(key: str, kind: type[Any], params: dict[str, Any]) -> Callable[..., Any]:
-    """The one object of a reward class that serves a stage."""
-    try:
-        made: Any = kind(**params)
-    except TypeError as error:
-        raise UserError(
-            f"reward '{key}': params do not fit {kind.__name__}: {error}",
-            f"Its parameters: {inspect.signature(kind)}.",
-        ) from error
-    if not callable(made):
-        raise UserError(
-            f"reward '{key}': {kind.__name__} has no __call__", "Give it one: (self, rollout)."
-        )
-    scored: Callable[..., Any] = made
-    return scored
 
 
 def build_learner(

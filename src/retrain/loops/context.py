@@ -57,7 +57,6 @@ class RunContext:
     resumed: Saved | None = None
     """What the run goes on from, until its stage has taken it."""
     _saved_at: tuple[str, int, bool] | None = None
-    _unrated: set[str] = field(default_factory=set)
     _run: RunDirectory | None = None
     _progress: Progress | None = None
     _stop: Stop | None = None
@@ -140,7 +139,7 @@ class RunContext:
         """
         settings = config.checkpoint
         best = settings.keep_best
-        value = None if best is None else self._rating(state.stage, best.metric)
+        value = None if best is None else self.latest.get(best.metric)
 
         def fill(directory: Path) -> None:
             save_policy(self.policy, directory, merge_lora=settings.merge_lora, critic=self.critic)
@@ -161,14 +160,6 @@ class RunContext:
             metric=metric,
             highest=best is None or best.mode == "max",
         )
-
-    def _rating(self, stage: str, metric: str) -> float | None:
-        """A metric's latest value; the first time that a stage has none, a warning says so."""
-        value = self.latest.get(metric)
-        if value is None and stage not in self._unrated:
-            self._unrated.add(stage)
-            logger.warning("checkpoint.keep_best: %s has no metric %s yet", stage, metric)
-        return value
 
     @contextmanager
     def saved_on_failure(

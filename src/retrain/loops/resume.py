@@ -133,7 +133,6 @@ class Resumption:
 
     def clear_away(self, run: RunDirectory) -> None:
         """Take back what the run wrote after the checkpoint: it will be written again."""
-        Checkpoints(run.path / "checkpoints").sweep()
         run.cut_back({} if self.saved is None else self.saved.state.sizes)
 
     def say(self, deterministic: bool | None) -> Iterator[str]:
@@ -175,7 +174,15 @@ def read_resumption(
             "Resume it with the same command.",
         )
     changes = check_config(config, run)
-    checkpoint, damaged = Checkpoints(run.path / "checkpoints").newest_good()
+    checkpoints = Checkpoints(run.path / "checkpoints")
+    checkpoints.sweep()
+    checkpoint, damaged = checkpoints.newest_good()
+    if checkpoint is None and damaged:
+        raise UserError(
+            f"no checkpoint of {run.path} is whole: {'; '.join(damaged)}",
+            "Put one back as it was, or start a new run without --resume; model.name_or_path may "
+            "name a checkpoint whose weights are whole.",
+        )
     saved = None if checkpoint is None else read_saved(checkpoint)
     return Resumption(saved, damaged, changes, about)
 

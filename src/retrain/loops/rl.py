@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from retrain.config.algorithm import TOKEN_ADVANTAGES, Hyperparameters
@@ -164,6 +165,22 @@ class RLStage:
         every = self.config.checkpoint.every_steps
         if step == self.settings.steps or (every is not None and step % every == 0):
             context.save_checkpoint(self.config, self._stand(step, work, context), work.training)
+            self._check_rating(context.latest)
+
+    def _check_rating(self, metrics: Mapping[str, float]) -> None:
+        """
+        Raises:
+            UserError: checkpoints are to be kept by a metric that there is not.
+        """
+        best = self.config.checkpoint.keep_best
+        if best is None or best.metric in metrics or best.metric.startswith("eval/"):
+            return
+        near = difflib.get_close_matches(best.metric, metrics, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise UserError(
+            f"checkpoint.keep_best.metric: no step of {self.name} has a metric {best.metric}",
+            f"{hint}docs/run_directory.md lists them; correct it, and go on with --resume.",
+        )
 
     async def _learn(
         self,

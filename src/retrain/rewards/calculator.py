@@ -8,13 +8,12 @@ from; `reward` is the sum of the parts' values and, when there are turns, of `st
 from __future__ import annotations
 
 import asyncio
-import copy
 import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol, TypeVar, get_args, runtime_checkable
+from typing import Any, Literal, TypeVar, get_args
 
 from retrain.rewards.base import check_verifier_shape
 from retrain.rewards.failures import (
@@ -33,30 +32,12 @@ from retrain.rewards.spec import (
     check_number,
     spread,
 )
+from retrain.rewards.state import Stateful, plain_state
 from retrain.rewards.warn import penalty_warnings
 from retrain.types import FailureKind, InfrastructureError, RewardPart, Rollout, UserError
 
 OnError = Literal["stop", "mask", "penalty"]
 T = TypeVar("T")
-
-
-@runtime_checkable
-class Stateful(Protocol):
-    """A reward, an object of a class named in the config, that remembers something between steps:
-    a sliding window, say. It changes in `end_step` only, so that what a rollout is worth does not
-    depend on who was scored before it in the same step."""
-
-    def __call__(self, *args: Any) -> Any: ...
-
-    def end_step(self, rollouts: Sequence[Rollout]) -> None:
-        """A step of training is over; these are its rollouts, scored."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps, as JSON has it."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class _Masked(Exception):
@@ -143,9 +124,13 @@ class RewardCalculator:
         self.error_penalty = error_penalty
 
     def state(self) -> dict[str, Any]:
-        """Of the rewards that have one, by name: what their `state_dict()` gives, plain data."""
+        """Of the rewards that have one, by name: what their `state_dict()` gives.
+
+        Raises:
+            UserError: JSON cannot hold it as it is.
+        """
         kept = ((spec.name, spec.function) for spec in self.specs)
-        return {n: copy.deepcopy(f.state_dict()) for n, f in kept if isinstance(f, Stateful)}
+        return {n: plain_state(n, f.state_dict()) for n, f in kept if isinstance(f, Stateful)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Put back what `state` gave."""
