@@ -131,3 +131,17 @@ def test_rollout_files_are_reproducible_and_carry_advantages(tmp_path: Path) -> 
     records = [json.loads(line) for line in gzip.decompress(first).splitlines()]
     assert [r.get("advantage") for r in records] == [-0.5, None]
     assert "advantage" not in records[1]
+
+
+def test_a_run_has_its_first_files_or_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(path: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", die)
+        RunDirectory.create(tmp_path, "x", {"config.yaml": "seed: 1\n"})
+    assert not list(tmp_path.iterdir())
+    run = RunDirectory.create(tmp_path, "x", {"config.yaml": "seed: 1\n"})
+    assert run.path.name == "x-001" and (run.path / "config.yaml").read_text() == "seed: 1\n"

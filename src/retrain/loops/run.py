@@ -25,7 +25,7 @@ from retrain.rollout import set_aside
 from retrain.tracking.plots import plot_curves
 from retrain.tracking.progress import Progress
 from retrain.tracking.report import EvaluationResult, print_results, results_table
-from retrain.tracking.run_dir import CONFIG_FILE, RunDirectory
+from retrain.tracking.run_dir import ABOUT_FILE, CONFIG_FILE, RunDirectory
 from retrain.types import UserError
 
 Stage = SFTStage | RLStage | EvalStage
@@ -95,13 +95,14 @@ async def run(
             closing.push_async_callback(prepared[-1].close)
         if deterministic:
             deterministic = all([await m.engine.prepare() for m in context.user_models.values()])
-        directory = found or RunDirectory.create(checked.output_dir, checked.experiment_name)
-        if found is None:
+        directory = found
+        if directory is None:
+            about = {"only": only, "deterministic": deterministic, **circumstances()}
+            files = {CONFIG_FILE: dump_yaml(checked), ABOUT_FILE: json.dumps(about, indent=1)}
+            name = checked.experiment_name
+            directory = RunDirectory.create(checked.output_dir, name, files)
             closing.enter_context(directory.locked())
-        if going_on is None:
-            directory.write_text(CONFIG_FILE, dump_yaml(checked))
-            directory.describe(only=only, deterministic=deterministic, **circumstances())
-        else:
+        if going_on is not None:
             going_on.clear_away(directory)
         news = _news(going_on, deterministic, checked)
         closing.enter_context(set_aside())

@@ -8,6 +8,8 @@ import json
 import math
 import os
 import re
+import shutil
+import uuid
 from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -52,8 +54,11 @@ class RunDirectory:
         self.path = path
 
     @classmethod
-    def create(cls, output_dir: str | Path, experiment_name: str) -> RunDirectory:
-        """Make `<output_dir>/<experiment_name>-NNN`, NNN one above the highest there.
+    def create(
+        cls, output_dir: str | Path, experiment_name: str, files: Mapping[str, str] | None = None
+    ) -> RunDirectory:
+        """Make `<output_dir>/<experiment_name>-NNN`, NNN one above the highest there, with `files`
+        (text by name) in it from the first moment on.
 
         The link `<output_dir>/<experiment_name>-latest` points to the newest run, where the file
         system allows links.
@@ -61,14 +66,14 @@ class RunDirectory:
         parent = Path(output_dir)
         with disk_errors(parent):
             parent.mkdir(parents=True, exist_ok=True)
-            number = _highest_number(parent, experiment_name) + 1
-            while True:
-                path = parent / f"{experiment_name}-{number:03d}"
-                try:
-                    path.mkdir()
-                    break
-                except FileExistsError:
-                    number += 1
+            beside = parent / f".{experiment_name}.{uuid.uuid4().hex[:12]}.part"
+            try:
+                beside.mkdir()
+                for name, text in {LOCK_FILE: "", **(files or {})}.items():
+                    (beside / name).write_text(text, encoding="utf-8", errors="backslashreplace")
+                path = _take_number(beside, parent, experiment_name)
+            finally:
+                shutil.rmtree(beside, ignore_errors=True)
         _link(parent / f"{experiment_name}-latest", path.name)
         return cls(path)
 
@@ -250,6 +255,21 @@ class RunDirectory:
                 partial.unlink(missing_ok=True)
                 raise
         return path
+
+
+def _take_number(beside: Path, parent: Path, experiment_name: str) -> Path:
+    """Rename a directory that is not empty to the next number that nobody else takes meanwhile."""
+    number = _highest_number(parent, experiment_name) + 1
+    while True:
+        path = parent / f"{experiment_name}-{number:03d}"
+        try:
+            beside.rename(path)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+                raise
+            number += 1
+        else:
+            return path
 
 
 def newest_run(output_dir: str | Path, experiment_name: str) -> Path | None:
