@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from retrain.config import load_config
 from retrain.engines import GenerateRequest, SamplingParams
@@ -146,16 +146,8 @@ def tiny_mixtral() -> Any:
 
 def tiny_dynamic() -> Any:
     """Rotary frequencies that depend on the longest sequence of a batch."""
-    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1000.0}
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        rope_parameters=rope,
-    )
+    config = tiny_llama(context=64).config
+    config.rope_parameters = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1000.0}
     return seeded(LlamaForCausalLM, config)
 
 

@@ -95,12 +95,8 @@ async def run(
             closing.push_async_callback(prepared[-1].close)
         if deterministic:
             deterministic = all([await m.engine.prepare() for m in context.user_models.values()])
-        directory = found
-        if directory is None:
-            about = {"only": only, "deterministic": deterministic, **circumstances()}
-            files = {CONFIG_FILE: dump_yaml(checked), ABOUT_FILE: json.dumps(about, indent=1)}
-            name = checked.experiment_name
-            directory = RunDirectory.create(checked.output_dir, name, files)
+        directory = found or _create(checked, only=only, deterministic=deterministic)
+        if found is None:
             closing.enter_context(directory.locked())
         if going_on is not None:
             going_on.clear_away(directory)
@@ -114,6 +110,15 @@ async def run(
         evaluations=context.results,
         checkpoint=None if context.checkpoint is None else Path(context.checkpoint),
     )
+
+
+def _create(config: TrainingConfig, **about: object) -> RunDirectory:
+    """A new run directory, with all that resuming asks of it from the first moment on."""
+    files = {
+        CONFIG_FILE: dump_yaml(config),
+        ABOUT_FILE: json.dumps(about | circumstances(), indent=1) + "\n",
+    }
+    return RunDirectory.create(config.output_dir, config.experiment_name, files)
 
 
 def _news(
