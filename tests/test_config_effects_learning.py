@@ -5,7 +5,6 @@ That each formula is the right one, other tests show; here every key must arrive
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import functools
 import json
@@ -59,7 +58,7 @@ def trained(settings: str) -> Tensor:
     """All weights, the critic's too, after `STEPS` steps with the settings, which are JSON."""
     update = update_of(json.loads(settings))
     for step in range(1, STEPS + 1):
-        asyncio.run(update.learn(update.samples(groups()), step, unheard))
+        update.learn(update.samples(groups()), step, unheard)
     modules = [update.learner.model, *filter(None, [update.learner.critic])]
     return torch.cat([p.detach().flatten() for module in modules for p in module.parameters()])
 
@@ -145,7 +144,7 @@ def passes(**settings: Any) -> tuple[int, int]:
         else None,
         with_kwargs=True,
     )  # fmt: skip
-    asyncio.run(update.learn(samples, 1, unheard))
+    update.learn(samples, 1, unheard)
     return len(sizes), sum(sizes)
 
 

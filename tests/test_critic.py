@@ -207,13 +207,13 @@ async def test_warm_up_moves_the_critic_only(backbone: Any) -> None:
     assert update.learner.critic is not None
     changes: list[int] = []
 
-    async def heard() -> None:
+    def heard() -> None:
         changes.append(1)
 
     for step in (1, 2):
         before = [copy.deepcopy(m.state_dict()) for m in (model, update.learner.critic)]
         samples = update.samples(three_groups())
-        metrics = await update.learn(samples, step, heard)
+        metrics = update.learn(samples, step, heard)
         moved = [
             any(not torch.equal(old[name], new) for name, new in m.state_dict().items())
             for old, m in zip(before, (model, update.learner.critic), strict=True)
@@ -236,7 +236,7 @@ async def test_the_critic_learns_what_prompts_are_worth(backbone: Any) -> None:
     )  # fmt: skip
     found = []
     for step in range(1, 31):
-        metrics = await update.learn(update.samples(named_groups()), step, unheard)
+        metrics = update.learn(update.samples(named_groups()), step, unheard)
         found.append(metrics["explained_variance"])
     assert found[0] == pytest.approx(-1.0, abs=1e-6)
     assert found[-1] > 0.9 and metrics["value_loss"] < 0.02
@@ -248,7 +248,7 @@ async def test_the_critic_has_a_learning_rate_of_its_own(rate: float | None) -> 
         exact(tiny_gpt2), head=0.0, learning_rate=0.001, critic={"learning_rate": rate}
     )
     samples = update.samples([group("x", 1, 2)])
-    metrics = await update.learn(samples, 1, unheard)
+    metrics = update.learn(samples, 1, unheard)
     used = rate or 0.001
     assert (metrics["learning_rate"], metrics["critic_learning_rate"]) == (0.001, used)
     # the first step of Adam is the learning rate, towards the returns

@@ -152,7 +152,7 @@ async def test_it_is_refreshed_every_so_many_steps(make: Any) -> None:
     distances = []
     for step, expected in ((1, first), (2, None), (3, None)):
         samples = update.samples(three_groups())
-        distances.append((await update.learn(samples, step, unheard))["kl"])
+        distances.append((update.learn(samples, step, unheard))["kl"])
         if step == 2:
             second = logits(model)
             assert (second - first).abs().max() > 1e-3

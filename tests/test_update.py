@@ -72,7 +72,7 @@ def updating(model: Any, *, seed: int = 0, **settings: Any) -> PolicyUpdate:
     return build_update(chosen, Policy(model, None), seed=seed)
 
 
-async def unheard() -> None:
+def unheard() -> None:
     """Nobody wants to know that the weights have changed."""
 
 
@@ -89,7 +89,7 @@ async def first_gradient(update: PolicyUpdate, samples: Sequence[Sample]) -> Gra
     model.zero_grad()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update.learner, "optim_step", keep)
-        await update.learn(samples, 1, unheard)
+        update.learn(samples, 1, unheard)
     return found[0]
 
 
@@ -143,7 +143,7 @@ async def parts_of(update: PolicyUpdate, samples: Sequence[Sample], step: int) -
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(update.learner, "forward_backward", heard)
-        await update.learn(samples, step, unheard)
+        update.learn(samples, step, unheard)
     return parts
 
 

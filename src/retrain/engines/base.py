@@ -39,6 +39,8 @@ class GenerateRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     seed: int = 0
     session: str | None = None
+    group: str | None = None
+    """Requests of one group begin alike: engines with several servers keep them together."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Completion:
 
 
 class Engine(Protocol):
-    """The policy, as something to sample from."""
+    """A model, as something to sample from."""
 
     @property
     def context_limit(self) -> int:
@@ -78,8 +80,39 @@ class Engine(Protocol):
         """Forget what is cached for a session."""
         ...
 
-    async def update_weights(self, version: int) -> None:
-        """The policy's weights are now those of `version`."""
+    async def close(self) -> None: ...
+
+
+class PolicyEngine(Engine, Protocol):
+    """An engine whose weights follow those that a learner trains."""
+
+    @property
+    def version(self) -> int:
+        """Of the policy, as it is sampled from now."""
         ...
 
-    async def close(self) -> None: ...
+    @property
+    def most_sessions(self) -> int | None:
+        """How many sessions may be under way without waiting for each other; None for any."""
+        ...
+
+    @property
+    def restarts(self) -> int:
+        """How often the engine failed and began again."""
+        ...
+
+    async def prepare(self) -> bool:
+        """Find out, before the first request, whether the engine can do what is asked of it;
+        whether it is deterministic.
+
+        Raises:
+            UserError: it cannot.
+        """
+        ...
+
+    async def update_weights(self, version: int) -> None:
+        """Sample from the learner's weights as they are now, those of `version`; the learner must
+        not change them meanwhile. What is under way goes on under the new weights: each token
+        carries the version that it was sampled under.
+        """
+        ...

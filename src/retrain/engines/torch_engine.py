@@ -140,6 +140,11 @@ class TorchEngine:
         return self._scheduler.max_slots if self._scheduler.exact else None
 
     @property
+    def version(self) -> int:
+        """Of the policy, as it is sampled from now."""
+        return self._scheduler.version
+
+    @property
     def prefilled_tokens(self) -> int:
         """Context tokens run in prefill calls so far; copied and cached ones do not count."""
         return self._prefilled_before + self._scheduler.prefilled_tokens

@@ -26,7 +26,7 @@ from retrain.config.environment import (
 from retrain.config.model import ModelConfig
 from retrain.config.rewards import RewardConfig, RewardSetup, RolloutRewardConfig
 from retrain.config.root import TrainingConfig
-from retrain.engines import SamplingParams
+from retrain.engines import PolicyEngine, SamplingParams
 from retrain.engines.torch_engine import TorchEngine
 from retrain.envs import (
     DialogueEnvironment,
@@ -73,7 +73,7 @@ class UserModel:
     renderer: Renderer
 
 
-def build_engine(config: TrainingConfig, policy: Policy) -> TorchEngine:
+def build_engine(config: TrainingConfig, policy: Policy) -> PolicyEngine:
     """The engine that samples from the policy.
 
     Raises:
@@ -265,7 +265,7 @@ def import_environment(section: PythonEnvironmentConfig) -> Environment:
 def build_sampler(
     config: TrainingConfig,
     environment: Environment,
-    engine: TorchEngine,
+    engine: PolicyEngine,
     renderer: Renderer,
     params: SamplingParams,
 ) -> Sampler:

@@ -13,7 +13,7 @@ from pathlib import Path
 from retrain.config.root import TrainingConfig
 from retrain.data import TaskSource
 from retrain.data.sources import TaskStream
-from retrain.engines.torch_engine import TorchEngine
+from retrain.engines import PolicyEngine
 from retrain.learner import Critic, NotFiniteError
 from retrain.loops.build import UserModel
 from retrain.loops.checkpoint import RunState, Saved, Training, backbone, generators, write_state
@@ -41,7 +41,7 @@ class RunContext:
     """
 
     policy: Policy
-    engine: TorchEngine
+    engine: PolicyEngine
     sandbox: Sandbox
     user_models: dict[str, UserModel] = field(default_factory=dict)
     """Models that play users, loaded once however many stages and modes use them."""
@@ -86,7 +86,7 @@ class RunContext:
         assert self._stop is not None
         return self._stop
 
-    async def go_on_from(self, saved: Saved) -> None:
+    def go_on_from(self, saved: Saved) -> None:
         """Put the policy, and all that stages share, to where a checkpoint left them."""
         saved.put_policy(self.policy)
         self.critic = saved.critic(self.policy)
@@ -95,16 +95,19 @@ class RunContext:
         self.results = [EvaluationResult.from_dict(result) for result in saved.state.results]
         self.checkpoint = str(saved.path)
         self.resumed = saved
-        await self.engine.update_weights(self.version)
 
     def take_resumed(self, stage: str) -> Saved | None:
         """What a training stage goes on from, if it was under way; the first one to ask."""
         saved, self.resumed = self.resumed, None
         return saved if saved and saved.state.stage == stage else None
 
-    async def weights_changed(self) -> None:
+    def weights_changed(self) -> None:
         self.version += 1
-        await self.engine.update_weights(self.version)
+
+    async def bring_weights(self) -> None:
+        """Have the engine sample from the policy as it is now."""
+        if self.engine.version != self.version:
+            await self.engine.update_weights(self.version)
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Write a training step's metrics down, and show them."""

@@ -89,6 +89,7 @@ class EvalStage:
         self, context: RunContext, stage: str, *, step: int, report: bool
     ) -> list[EvaluationResult]:
         """Run every mode; `report` also adds to the run's table and writes transcripts."""
+        await context.bring_weights()
         metrics: dict[str, float] = {}
         results: list[EvaluationResult] = []
         tasks = [(EVALUATION_EPOCH, task) for task in self.tasks.epoch(0)]

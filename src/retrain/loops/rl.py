@@ -87,7 +87,7 @@ class RLStage:
             started = time.perf_counter()
             with context.saved_on_failure(self.config, state, work.training):
                 context.stop.check()
-                groups, chosen = await context.stop.watch(self._sample(work.tasks))
+                groups, chosen = await context.stop.watch(self._sample(work.tasks, context))
                 rollouts = [rollout for group in groups for rollout in group]
                 self.calculator.end_step(rollouts)
             generated = time.perf_counter()
@@ -99,7 +99,7 @@ class RLStage:
                 per_turn=self.settings.credit == "turn",
                 min_group_size=smallest_group(self.config),
             )
-            samples, learnt = await self._learn(step, chosen, state, work, context)
+            samples, learnt = self._learn(step, chosen, state, work, context)
             metrics |= learnt | _speed(groups, samples, generated - started, generated)
             metrics["alerts"] = float(len(work.monitors.observe(step, metrics)))
             context.log(self.name, step, metrics)
@@ -182,7 +182,7 @@ class RLStage:
             f"{hint}docs/run_directory.md lists them; correct it, and go on with --resume.",
         )
 
-    async def _learn(
+    def _learn(
         self,
         step: int,
         chosen: Sequence[Sequence[Rollout]],
@@ -201,20 +201,21 @@ class RLStage:
             samples = update.samples(chosen)
             if not samples:
                 return samples, {}
-            return samples, await update.learn(samples, step, context.weights_changed)
+            return samples, update.learn(samples, step, context.weights_changed)
         except NotFiniteError as error:
             if update.learner.updates == before.updates:
                 context.save_if_new(self.config, before, work.training)
             raise context.write_down(error, self.name, step) from error
 
     async def _sample(
-        self, tasks: Iterator[tuple[int, Task]]
+        self, tasks: Iterator[tuple[int, Task]], context: RunContext
     ) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
         """A step's groups, scored: all of them, and those to learn from.
 
         With dynamic sampling, groups without variance are made up for by further tasks, as often
         as the settings allow; the step learns from as many groups as without it.
         """
+        await context.bring_weights()
         settings, least = self.settings, smallest_group(self.config)
         groups: list[list[Rollout]] = []
         drawn: set[tuple[int, str]] = set()

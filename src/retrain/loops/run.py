@@ -88,7 +88,7 @@ async def run(
         closing.push_async_callback(context.engine.close)
         deterministic = await _prepare_engine(context, stages)
         if going_on is not None and going_on.saved is not None:
-            await context.go_on_from(going_on.saved)
+            context.go_on_from(going_on.saved)
         prepared: list[Stage] = []
         for name, kind, stage_config in stages_left(stages, going_on):
             prepared.append(STAGES[kind].prepare(name, stage_config, context))

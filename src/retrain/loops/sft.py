@@ -76,7 +76,7 @@ class SFTStage:
                 metrics = learner.optim_step(samples)
             except NotFiniteError as error:
                 raise context.write_down(error, self.name, step) from error
-            await context.weights_changed()
+            context.weights_changed()
             seconds = time.perf_counter() - started
             metrics["loss"] = totals["loss"]
             metrics["tokens"] = totals["tokens"]

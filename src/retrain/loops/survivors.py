@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from retrain.config.algorithm import TOKEN_ADVANTAGES
 from retrain.config.root import TrainingConfig
-from retrain.engines.torch_engine import TorchEngine
+from retrain.engines import PolicyEngine
 from retrain.tracking.run_dir import RunDirectory
 from retrain.types import Rollout, UserError
 
@@ -51,7 +51,7 @@ class Losses:
     """
 
     def __init__(
-        self, stage: str, run: RunDirectory, engine: TorchEngine, *, max_lost_steps: int
+        self, stage: str, run: RunDirectory, engine: PolicyEngine, *, max_lost_steps: int
     ) -> None:
         self._stage = stage
         self._run = run

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +71,8 @@ class PolicyUpdate:
             self.learner.attach_old_logprobs(samples)
         return samples
 
-    async def learn(
-        self, samples: Sequence[Sample], step: int, weights_changed: Callable[[], Awaitable[None]]
+    def learn(
+        self, samples: Sequence[Sample], step: int, weights_changed: Callable[[], None]
     ) -> dict[str, float]:
         """The batch's updates; what changes from one to the next is reported of the last."""
         settings = self.settings
@@ -97,7 +97,7 @@ class PolicyUpdate:
                 metrics["tokens/trained"] = float(sum(sum(s.loss_mask) for s in samples))
             metrics |= update_metrics(totals) | stepped
             if not warming:
-                await weights_changed()
+                weights_changed()
         if self.reference is not None and settings.kl is not None:
             every = settings.kl.refresh_steps
             if every is not None and step % every == 0:

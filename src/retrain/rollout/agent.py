@@ -87,6 +87,7 @@ class EngineAgent:
                 self.params,
                 seed=request_seed(self.run_seed, self.epoch, task_id, self.sample, turn),
                 session=rollout.id,
+                group=self.group_id,
             )
         )
         entry = Turn(
