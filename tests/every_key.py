@@ -18,6 +18,8 @@ STEP = f"{RUN}::test_sizes_and_sampling_of_a_step"
 REWARD = f"{RUN}::test_every_key_of_a_reward_acts"
 SCRIPTED = f"{RUN}::test_a_scripted_user_and_the_ends_of_a_dialogue"
 PLAYED = f"{RUN}::test_a_user_that_a_model_plays_is_sampled_as_described"
+PHONED = "test_endpoint_user.py::test_every_key_of_an_endpoint_user_acts"
+WAITED = "test_endpoint_user.py::test_deadline_retries_and_concurrency_of_an_endpoint_user"
 SOURCE_TYPE = f"{RUN}::test_type_path_and_format_decide_what_is_read"
 WHERE = f"{RUN}::test_a_run_is_where_and_what_the_config_says"
 SCRATCH = f"{BUILT}::test_a_model_from_scratch_is_as_described"
@@ -25,6 +27,9 @@ LOADED = f"{BUILT}::test_torch_dtype_device_and_attention"
 HUB = f"{BUILT}::test_what_the_hub_is_asked_for"
 ADAPTER = f"{BUILT}::test_an_adapter_has_the_rank_the_scale_and_the_modules_given"
 ENGINE = f"{BUILT}::test_the_engine_is_as_described"
+SERVERS = "test_server_engine.py"
+STARTED = "test_server_engine_launched.py"
+LAUNCHED = f"{STARTED}::test_what_the_config_says_reaches_the_servers"
 LIMITS = f"{BUILT}::test_the_limits_of_the_sandbox_are_those_given"
 WISHES = f"{BUILT}::test_what_only_some_sandboxes_can_do_is_asked_for"
 CALLS = f"{BUILT}::test_the_limits_of_calls_are_those_given"
@@ -127,6 +132,9 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "aggregation_length": WEIGHTS,
         "entropy_coefficient": WEIGHTS,
         "train_truncated": WEIGHTS,
+        "max_staleness": (
+            "test_overlap_run.py::test_no_token_is_older_than_the_bound_and_the_order_is_the_tasks"
+        ),
     },
     "KLConfig": {
         "coefficient": WEIGHTS,
@@ -173,6 +181,18 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "system_prompt": PLAYED,
         "max_new_tokens": PLAYED,
         "temperature": PLAYED,
+    },
+    "EndpointUser": {
+        "type": PHONED,
+        "url": PHONED,
+        "model": PHONED,
+        "api_key_env": PHONED,
+        "system_prompt": "test_endpoint_user.py::test_an_endpoint_user_sees_the_parties_exchanged",
+        "max_new_tokens": PHONED,
+        "temperature": PHONED,
+        "timeout_s": WAITED,
+        "retries": WAITED,
+        "max_concurrency": WAITED,
     },
     "PythonEnvironmentConfig": {
         "type": "test_loops_variants.py::test_an_environment_of_ones_own",
@@ -239,13 +259,33 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "max_lost_steps": "test_failures.py::"
         "test_a_run_that_loses_every_rollout_stops_and_says_how_to_go_on",
     },
-    "EngineConfig": {
+    "TorchEngineConfig": {
         "type": ERRORS,
         "max_slots": ENGINE,
         "num_threads": ENGINE,
         "context_limit": ENGINE,
         "deterministic": "test_checkpoints.py::"
         "test_an_engine_that_must_be_deterministic_and_cannot_is_refused",
+    },
+    "ServerEngineConfig": {
+        "type": f"{SERVERS}::test_prepare_refuses_what_is_no_such_server",
+        "python": f"{STARTED}::test_an_interpreter_that_is_none_or_has_no_server",
+        "urls": f"{SERVERS}::test_groups_stay_together_and_servers_share_the_rest",
+        "replicas": LAUNCHED,
+        "devices": LAUNCHED,
+        "args": LAUNCHED,
+        "env": LAUNCHED,
+        "start_timeout_s": f"{STARTED}::test_start_timeout_s_is_how_long_it_may_take",
+        "context_limit": f"{SERVERS}::test_the_context_limit_is_the_servers_where_that_is_smaller",
+        "max_concurrency": f"{SERVERS}::test_max_concurrency_is_of_each_server",
+        "weights": f"{SERVERS}::test_an_adapter_is_loaded_or_merged_as_weights_says",
+        "weights_dir": f"{SERVERS}::test_weights_dir_is_where_they_are_left_and_may_be_shared",
+        "untie_embeddings": f"{SERVERS}::test_untie_embeddings_cures_a_server_that_keeps_its_head",
+        "load_timeout_s": f"{SERVERS}::test_load_timeout_s_of_a_server_that_never_loads",
+        "probe_tolerance": f"{SERVERS}::test_probe_tolerance_is_what_is_held_against",
+        "health_timeout_s": "test_server_engine_faults.py::"
+        "test_a_server_that_stops_is_replaced_after_health_timeout_s",
+        "max_restarts": "test_server_engine_outages.py::test_max_restarts_0_gives_up_at_once",
     },
     "SandboxConfig": {
         "type": WISHES,

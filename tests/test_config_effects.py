@@ -13,11 +13,11 @@ import torch
 from retrain.config import load_config
 from retrain.config.model import ModelConfig
 from retrain.loops.build import (
-    build_engine,
     build_environment,
     build_renderer,
     build_sandbox,
 )
+from retrain.loops.engines import build_engine
 from retrain.models import load_policy, save_policy
 from retrain.models.load import check_origin
 from retrain.sandbox import AutoSandbox, HttpSandbox, JailSandbox, MontySandbox

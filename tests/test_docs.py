@@ -115,7 +115,7 @@ def test_whole_configs_of_the_guide_load(guide: Path) -> None:
 def test_parts_of_configs_fit_the_guides_task(guide: Path) -> None:
     base = parse((guide / "task.yaml").read_text(encoding="utf-8"))
     parts = [b for b in blocks("docs/guide.md") if b.language == "yaml" and not b.file]
-    assert len(parts) == 5
+    assert len(parts) == 6
     for block in parts:
         load_config(merge(base, parse(block.text)))
 

@@ -234,7 +234,7 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
 
 
 def test_two_tasks_of_one_id_in_a_step_are_refused() -> None:
-    from retrain.loops.rl import take_distinct
+    from retrain.loops.pipeline import take_distinct
     from retrain.types import Task, UserError
 
     tasks = iter([(0, Task("a", ())), (0, Task("b", ())), (0, Task("a", ()))])

@@ -54,7 +54,6 @@ overlays = st.fixed_dictionaries(
     },
 )
 CHOSEN: dict[str, st.SearchStrategy[Any]] = {
-    "EngineConfig.type": st.just("torch"),
     "AlgorithmConfig.backend": st.just("torch"),
     "AlgorithmConfig.name": st.sampled_from(sorted(PRESETS)),
     "SourceSection.prompt_template": st.sampled_from(["{prompt}!", "{{x}} {prompt:>5}"]),

@@ -160,10 +160,22 @@ def doctor(
     sandbox_url: Annotated[
         str | None, typer.Option(help="Also try a server that speaks SandboxFusion's /run_code.")
     ] = None,
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="URL", help="Say instead what a vLLM or SGLang server at this address can do."
+        ),
+    ] = None,
     debug: Debug = False,
 ) -> None:
-    """Say what works on this machine: which sandboxes, and how to get a stronger one."""
+    """Say what works on this machine: which sandboxes, and how to get a stronger one; or what an
+    inference server can do."""
     with _errors(debug):
+        if engine is not None:
+            from retrain.engines.server.doctor import report as report_engine
+
+            typer.echo(asyncio.run(report_engine(engine)))
+            return
         from retrain.sandbox.doctor import report
 
         typer.echo(asyncio.run(report(sandbox_url)))

@@ -15,6 +15,7 @@ from pydantic import (
 
 from retrain.config.base import Section
 from retrain.config.presets import PRESETS, fitting, overlaid
+from retrain.config.terms import CorrectionConfig, KLConfig, OverlongConfig
 
 CLIPPED_LOSSES = {
     "ppo_clip": (0.2, 0.2),
@@ -82,49 +83,6 @@ class Optimization(Section):
                 "would be learned at the learning_rate given, and schedule would do nothing; "
                 "lower warmup_steps, or raise steps"
             )
-
-
-class KLConfig(Section):
-    """A penalty on leaving the reference: the policy as it was when the stage began."""
-
-    coefficient: float = Field(0.001, gt=0)
-    """Its weight."""
-    estimator: Literal["k1", "k2", "k3"] = "k3"
-    """Of log p(token) - log p_ref(token), as Schulman names them. `k1` has no gradient of its own
-    worth having, so it serves as a reward only."""
-    place: Literal["loss", "reward"] = "loss"
-    """`loss`: added to each token's loss. `reward`: taken off the rewards, before advantages."""
-    refresh_steps: int | None = Field(None, ge=1)
-    """The reference becomes the present policy every so many steps; by default never."""
-
-    @model_validator(mode="after")
-    def _k1_is_no_loss(self) -> KLConfig:
-        if self.estimator == "k1" and self.place == "loss":
-            raise ValueError(
-                "kl.estimator k1 in the loss has an expected gradient of zero; "
-                "use k2 or k3, or place: reward"
-            )
-        return self
-
-
-class CorrectionConfig(Section):
-    """Importance weights for what the engine sampled from, which is not quite the learner."""
-
-    kind: Literal["tis", "mis"] = "tis"
-    """`tis`: ratios are cut at the cap. `mis`: what exceeds the cap does not train."""
-    level: Literal["token", "sequence"] = "token"
-    """A ratio for each token, or their product over the rollout."""
-    cap: float = Field(2.0, gt=1)
-    """Of the ratio learner / engine."""
-
-
-class OverlongConfig(Section):
-    """DAPO's soft punishment of turns that come near `max_new_tokens`."""
-
-    buffer_share: float = Field(0.2, gt=0, le=1)
-    """Of `max_new_tokens`: over this last part the punishment grows from 0 to 1."""
-    weight: float = Field(1.0, gt=0)
-    """What the whole punishment takes off the reward."""
 
 
 class CriticConfig(Section):
@@ -201,6 +159,10 @@ class Hyperparameters(Optimization):
     """Weight of a bonus for the entropy of the policy at each trained token."""
     kl: KLConfig | None = None
     """Null: no reference model is kept."""
+    max_staleness: int = Field(0, ge=0)
+    """Most steps between the oldest weights that sampled a token of a rollout and the policy that
+    learns from it. 0 is strictly on-policy. Above, rollouts are sampled while the learner works,
+    and `correction` is required."""
     correction: CorrectionConfig | None = None
     """Null: the engine is taken to sample from exactly what the learner computes."""
     critic: CriticConfig | None = None
@@ -313,6 +275,16 @@ class Hyperparameters(Optimization):
                 self.kl is not None and (self.kl.refresh_steps or 0) >= self.steps,
                 f"kl.refresh_steps does nothing: the reference would first be renewed after the "
                 f"last of {self.steps} steps; lower it, or remove it",
+            ),
+            (
+                self.max_staleness > 0 and self.correction is None,
+                f"max_staleness {self.max_staleness} learns from what older weights sampled, and "
+                "nothing corrects for that; add `correction: {kind: tis}` beside it",
+            ),
+            (
+                self.max_staleness >= self.steps,
+                f"max_staleness {self.max_staleness} is never reached in {self.steps} steps; "
+                "lower it, or raise steps",
             ),
         ]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from retrain.config.base import Section
 from retrain.config.model import ModelConfig
@@ -139,11 +140,45 @@ class ModelUser(Section):
     """Of its sampling; 0 is greedy."""
 
 
+class EndpointUser(Section):
+    """`openai`: a model behind an OpenAI-compatible chat endpoint."""
+
+    type: Literal["openai"] = "openai"
+    url: str
+    """The API's base, such as `https://api.openai.com/v1`."""
+    model: str
+    """As the endpoint names it."""
+    api_key_env: str | None = None
+    """The environment variable that holds the key. The key itself has no place in a config."""
+    system_prompt: str
+    """A format string over the task's columns, `{prompt}` and `{answer}` among them."""
+    max_new_tokens: int = Field(128, ge=1)
+    """Of one reply."""
+    temperature: float = Field(1.0, ge=0)
+    """Of its sampling; 0 is greedy."""
+    timeout_s: float = Field(60.0, gt=0)
+    """Of one attempt at a reply."""
+    retries: int = Field(3, ge=0)
+    """Further attempts where the endpoint fails or is busy; after them the rollout's attempt has
+    failed."""
+    max_concurrency: int = Field(16, ge=1)
+    """Most requests at once; further ones wait for their turn."""
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _names_a_variable(cls, name: str | None) -> str | None:
+        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            raise ValueError(  # without the value, which may be a key
+                "not the name of an environment variable; name the one that holds the key"
+            )
+        return name
+
+
 class DialogueConfig(Section):
     """`dialogue`: turns between the policy and a simulated user."""
 
     type: Literal["dialogue"] = "dialogue"
-    user: Annotated[ScriptedUser | ModelUser, Field(discriminator="type")]
+    user: Annotated[ScriptedUser | ModelUser | EndpointUser, Field(discriminator="type")]
     """Who answers the policy."""
     max_turns: int = Field(10, ge=1)
     """Most MODEL turns of a rollout."""

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from retrain.config.algorithm import TOKEN_ADVANTAGES, AlgorithmConfig
 from retrain.config.base import Section
 from retrain.config.data import PromptSourceConfig
+from retrain.config.engine import EngineConfig, TorchEngineConfig
 from retrain.config.environment import EnvironmentConfig, QAConfig
 from retrain.config.model import ModelConfig
 from retrain.config.monitors import MonitorsConfig
@@ -17,7 +18,6 @@ from retrain.config.rewards import RewardSetup
 from retrain.config.rollout import RolloutConfig
 from retrain.config.stages import (
     CheckpointConfig,
-    EngineConfig,
     EvaluationConfig,
     SandboxConfig,
     SFTConfig,
@@ -119,7 +119,7 @@ class TrainingConfig(Section):
     """What a rollout is worth."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """How long rollouts may take, and what happens to those that infrastructure loses."""
-    engine: EngineConfig = Field(default_factory=EngineConfig)
+    engine: EngineConfig = Field(default_factory=TorchEngineConfig)
     """What samples."""
     sandbox: SandboxConfig = Field(default_factory=SandboxConfig)
     """Where code that the model wrote runs."""

@@ -1,37 +1,14 @@
-"""The smaller sections: engine, sandbox, checkpoint, tracking, evaluation, sft."""
+"""The smaller sections: sandbox, checkpoint, tracking, evaluation, sft."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from retrain.config.algorithm import Optimization
 from retrain.config.base import Section
 from retrain.config.data import PromptSourceConfig
-
-
-class EngineConfig(Section):
-    type: str = "torch"
-    """`torch`, in the same process; no other is built."""
-    max_slots: int = Field(128, ge=1)
-    """Sequences decoded together."""
-    num_threads: int | None = Field(None, ge=1)
-    """CPU threads for decoding; by default torch's own number. One is best for tiny models."""
-    context_limit: int | None = Field(None, ge=2)
-    """Most tokens of a sequence; by default what the model's config says."""
-    deterministic: bool | None = None
-    """What a request gets depends on its own tokens and seed alone, to the bit, whatever its
-    company and however long tools take: what exact resuming needs. True refuses to run where that
-    cannot be had: it takes a CPU, and a model for which it proves true when the engine starts.
-    False is faster where rollouts share long prompts. Null takes it where it can be had."""
-
-    @field_validator("type")
-    @classmethod
-    def _built(cls, value: str) -> str:
-        if value != "torch":
-            raise ValueError(f"engine {value!r} is not built; the one there is: torch")
-        return value
 
 
 class SandboxConfig(Section):

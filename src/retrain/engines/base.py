@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 from retrain.types import FinishReason
@@ -101,6 +103,11 @@ class PolicyEngine(Engine, Protocol):
         """How often the engine failed and began again."""
         ...
 
+    @property
+    def measured(self) -> Mapping[str, float]:
+        """What is to be reported of the last update of the weights, by name."""
+        ...
+
     async def prepare(self) -> bool:
         """Find out, before the first request, whether the engine can do what is asked of it;
         whether it is deterministic.
@@ -108,6 +115,10 @@ class PolicyEngine(Engine, Protocol):
         Raises:
             UserError: it cannot.
         """
+        ...
+
+    async def start(self, directory: Path) -> None:
+        """The run begins; what the engine leaves behind goes into `directory`."""
         ...
 
     async def update_weights(self, version: int) -> None:

@@ -1,19 +1,21 @@
-"""The in-process engine: samples from the very module that the learner trains."""
+"""The in-process engine: samples from the module that the learner trains, or from a copy of it."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import logging
 import queue
 import threading
 from array import array
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from retrain.engines.base import Completion, GenerateRequest
 from retrain.engines.exact import changes_rotary_tables
@@ -42,7 +44,9 @@ class TorchEngine:
     nothing and only voids the caches. Whoever trains the module must not do so while requests
     are in flight. The engine puts it in evaluation mode when it starts to generate and leaves
     it there: a learner calls `model.train()` at the start of its own update if it needs
-    dropout or gradient checkpointing. Decoding runs in one thread, started by the first call.
+    dropout or gradient checkpointing. With `own_weights` the two never touch the same module, and
+    the learner may work while requests are in flight. Decoding runs in one thread, started by the
+    first call.
 
     When decoding fails, everything but the weights is made anew, and the requests under way are
     issued again with their own seeds, up to MAX_RESTARTS times in a row; then they fail.
@@ -60,6 +64,8 @@ class TorchEngine:
             request where that cannot be had (`engines.exact`), None then does without; on a CPU
             only. Sessions keep their slots until `end_session`, and prefixes that rows share are
             read by each.
+        own_weights: sample from a copy of the parameters that train, as they were at the last
+            `update_weights`; frozen parameters and buffers are shared with the module.
 
     Raises:
         UserError: `context_limit` is missing and the architecture names none.
@@ -75,6 +81,7 @@ class TorchEngine:
         num_threads: int | None = None,
         version: int = 0,
         deterministic: bool | None = False,
+        own_weights: bool = False,
     ) -> None:
         self._context_limit = context_limit or architecture_setting(
             model, "max_position_embeddings"
@@ -84,7 +91,8 @@ class TorchEngine:
                 f"{type(unwrap(model)).__name__} names no context limit",
                 "pass context_limit=... to TorchEngine",
             )
-        self._model = model
+        self._model = _sharing_copy(model) if own_weights else model
+        self._followed = _trained_pairs(self._model, model) if own_weights else []
         self._num_threads = num_threads
         self._vocab_size: int = unwrap(model).get_output_embeddings().weight.shape[0]
         self._rules = StopRules(tokenizer, self._vocab_size)
@@ -133,6 +141,9 @@ class TorchEngine:
         self._prepared = True
         return exact
 
+    async def start(self, directory: Path) -> None:
+        """Nothing: the engine leaves nothing behind."""
+
     @property
     def most_sessions(self) -> int | None:
         """How many sessions may be under way without waiting for each other's slots to come free;
@@ -148,6 +159,11 @@ class TorchEngine:
     def prefilled_tokens(self) -> int:
         """Context tokens run in prefill calls so far; copied and cached ones do not count."""
         return self._prefilled_before + self._scheduler.prefilled_tokens
+
+    @property
+    def measured(self) -> Mapping[str, float]:
+        """Nothing: weights are there at once."""
+        return {}
 
     @property
     def restarts(self) -> int:
@@ -229,12 +245,14 @@ class TorchEngine:
         await self._in_thread(lambda: self._scheduler.end_session(session))
 
     async def update_weights(self, version: int) -> None:
-        """The module's weights are now those of `version`: caches are void.
+        """The module's weights are now those of `version`: caches are void, copies are renewed.
 
         A request in flight goes on under the new weights; its tokens carry their own versions.
         """
 
         def run() -> None:
+            for own, learners in self._followed:
+                own.copy_(learners)
             try:
                 self._scheduler.set_version(version)
             except Exception as error:
@@ -350,6 +368,21 @@ class TorchEngine:
                     _settle(job.future, result)
 
             _post_to(loop, settle)
+
+
+def _sharing_copy(model: nn.Module) -> nn.Module:
+    """A module of its own over the same tensors, but for the parameters that train; and for the
+    buffers, where a forward pass changes them."""
+    shared: list[Tensor] = [p for p in model.parameters() if not p.requires_grad]
+    if not changes_rotary_tables(model):
+        shared += model.buffers()
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared}).eval()
+
+
+def _trained_pairs(copied: nn.Module, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """(the copy's, the model's) of each parameter that trains."""
+    pairs = zip(copied.parameters(), model.parameters(), strict=True)
+    return [(own, theirs) for own, theirs in pairs if theirs.requires_grad]
 
 
 def _settle(future: asyncio.Future[T], result: T | BaseException) -> None:

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from retrain.config.algorithm import CriticConfig, Optimization
+from retrain.config.engine import TorchEngineConfig
 from retrain.config.environment import (
     DialogueConfig,
     PythonEnvironmentConfig,
     TagsFormat,
     ToolEnvironmentConfig,
+)
+from retrain.config.environment import (
+    EndpointUser as EndpointUserConfig,
 )
 from retrain.config.environment import (
     FencedFormat as FencedFormatConfig,
@@ -27,6 +31,7 @@ from retrain.config.model import ModelConfig
 from retrain.config.rewards import RewardConfig, RewardSetup, RolloutRewardConfig
 from retrain.config.root import TrainingConfig
 from retrain.engines import PolicyEngine, SamplingParams
+from retrain.engines.openai import ChatEndpoint, read_key
 from retrain.engines.torch_engine import TorchEngine
 from retrain.envs import (
     DialogueEnvironment,
@@ -38,7 +43,7 @@ from retrain.envs import (
 from retrain.importing import import_object
 from retrain.learner import Critic, Schedule, TorchLearner
 from retrain.models import Policy, load_critic, load_policy
-from retrain.models.forward import architecture_setting, splits_exactly
+from retrain.models.forward import splits_exactly
 from retrain.rendering import (
     Codec,
     FencedFormat,
@@ -59,7 +64,7 @@ from retrain.rewards import (
     takes_sandbox,
 )
 from retrain.rewards.state import reward_object
-from retrain.rollout import ModelUser, Sampler
+from retrain.rollout import EndpointUser, ModelUser, Sampler
 from retrain.sandbox import Sandbox, make_sandbox
 from retrain.tools import Tool, resolve_tool
 from retrain.types import UserError
@@ -71,29 +76,6 @@ class UserModel:
 
     engine: TorchEngine
     renderer: Renderer
-
-
-def build_engine(config: TrainingConfig, policy: Policy) -> PolicyEngine:
-    """The engine that samples from the policy.
-
-    Raises:
-        UserError: a context limit that the model does not have.
-    """
-    limit = config.engine.context_limit
-    most = architecture_setting(policy.model, "max_position_embeddings")
-    if limit is not None and most is not None and limit > most:
-        raise UserError(
-            f"engine.context_limit is {limit}; the model's own limit is {most}",
-            "Lower it, or leave it out.",
-        )
-    return TorchEngine(
-        policy.model,
-        tokenizer=policy.tokenizer,
-        max_slots=config.engine.max_slots,
-        context_limit=limit,
-        num_threads=config.engine.num_threads,
-        deterministic=config.engine.deterministic,
-    )
 
 
 def build_renderer(config: TrainingConfig, policy: Policy) -> Renderer:
@@ -219,6 +201,8 @@ def _build_user(
     user = section.user
     if isinstance(user, ScriptedUserConfig):
         return ScriptedUser(user.replies, user.replies_column)
+    if isinstance(user, EndpointUserConfig):
+        return _build_endpoint_user(user, config)
     assert isinstance(user, ModelUserConfig)
     key = user.model.model_dump_json()
     if key not in loaded:
@@ -232,15 +216,31 @@ def _build_user(
     )
 
 
+def _build_endpoint_user(user: EndpointUserConfig, config: TrainingConfig) -> EndpointUser:
+    endpoint = ChatEndpoint(
+        user.url,
+        user.model,
+        api_key=read_key(user.api_key_env, "environment.user.api_key_env"),
+        temperature=user.temperature,
+        max_tokens=user.max_new_tokens,
+        timeout_s=user.timeout_s,
+        retries=user.retries,
+        max_concurrency=user.max_concurrency,
+        where="environment.user",
+    )
+    return EndpointUser(endpoint, system_prompt=user.system_prompt, run_seed=config.seed)
+
+
 def _load_user(model: ModelConfig, config: TrainingConfig) -> UserModel:
     policy = load_policy(model, seed=config.seed)
     policy.model.requires_grad_(False)
+    section = config.engine if isinstance(config.engine, TorchEngineConfig) else TorchEngineConfig()
     engine = TorchEngine(
         policy.model,
         tokenizer=policy.tokenizer,
-        max_slots=config.engine.max_slots,
-        num_threads=config.engine.num_threads,
-        deterministic=config.engine.deterministic,
+        max_slots=section.max_slots,
+        num_threads=section.num_threads,
+        deterministic=section.deterministic,
     )
     codec = Codec(policy.tokenizer, _model_stop_tokens(policy))
     return UserModel(engine, Renderer(codec, make_template(policy.tokenizer)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from retrain.config.algorithm import Hyperparameters, Optimization
+from retrain.config.engine import TorchEngineConfig
 from retrain.config.environment import (
     DialogueConfig,
     PythonEnvironmentConfig,
@@ -22,6 +23,7 @@ from retrain.loops.build import (
     runs_code,
 )
 from retrain.loops.evaluate import held_out_tasks
+from retrain.loops.pipeline import overlapping
 from retrain.loops.sft import traces_and_steps
 from retrain.loops.update import check_critic
 from retrain.models.load import check_origin, choose_device
@@ -74,12 +76,16 @@ def _resuming(config: TrainingConfig, kinds: Sequence[StageKind]) -> str:
     if config.model.torch_dtype != "float32":
         reasons.append(f"model.torch_dtype is {config.model.torch_dtype}")
     generates = any(kind != "sft" for kind in kinds)
-    if generates and config.engine.deterministic is False:
-        reasons.append("engine.deterministic is false")
+    engine = config.engine
+    exact = engine.deterministic if isinstance(engine, TorchEngineConfig) else False
+    if generates and exact is False:
+        why = "deterministic is false" if engine.type == "torch" else f"type is {engine.type}"
+        reasons.append(f"engine.{why}")
+    reasons += [f"max_staleness is {n} in {name}" for name, n in overlapping(config).items()]
     if reasons:
         return f"goes on, but not bit for bit: {', '.join(reasons)}"
     own = "if tools, rewards and data functions give the same again"
-    if generates and config.engine.deterministic is None:
+    if generates and exact is None:
         own += ", and the model lets the engine be deterministic, which a run finds out and says"
     return f"bit for bit, {own}"
 
@@ -148,6 +154,8 @@ def describe_choices(settings: Hyperparameters) -> Iterator[str]:
         yield f"kl: {kl.estimator} in the {kl.place}, coefficient {kl.coefficient:g}{refresh}"
     if (correction := settings.correction) is not None:
         yield f"correction: {correction.kind} by {correction.level}, cap {correction.cap:g}"
+    if settings.max_staleness:
+        yield f"rollouts overlap training: up to {settings.max_staleness} steps stale"
     if (critic := settings.critic) is not None:
         rate = critic.learning_rate or settings.learning_rate
         clip = "none" if critic.value_clip is None else f"{critic.value_clip:g}"

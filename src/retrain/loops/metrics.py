@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from retrain.config.stages import EvaluationConfig
 from retrain.loops.credit import has_variance, sampled_tokens, truncated
 from retrain.loops.evaluate import is_success
-from retrain.loops.survivors import large_enough
+from retrain.loops.survivors import Freshness, large_enough
 from retrain.types import NO_VERSION, Rollout
 
 
@@ -18,24 +18,29 @@ def rollout_metrics(
     evaluation: EvaluationConfig | None,
     *,
     version: int,
+    freshness: Freshness,
     per_turn: bool = False,
     min_group_size: int = 1,
 ) -> dict[str, float]:
-    """Means over the kept rollouts; counts of masked ones, forks and groups that teach nothing.
+    """Means over the kept rollouts, stale ones included; counts of masked and stale ones, forks and
+    groups that teach nothing.
 
     Args:
         version: of the policy that is about to learn from them.
+        freshness: which of them are stale.
         min_group_size: fewest survivors of a group that teaches.
     """
     rollouts = [rollout for group in groups for rollout in group]
+    fresh = freshness.of(groups)
     kept = [rollout for rollout in rollouts if rollout.error is None]
     metrics = {
         "rollouts": float(len(rollouts)),
         **failure_metrics(rollouts),
+        "rollouts/stale": float(len(rollouts) - sum(map(len, fresh))),
         "groups": float(len(groups)),
-        "groups/too_small": float(sum(not large_enough(group, min_group_size) for group in groups)),
+        "groups/too_small": float(sum(not large_enough(group, min_group_size) for group in fresh)),
         "groups/zero_variance": float(
-            sum(not has_variance(group, per_turn=per_turn) for group in groups)
+            sum(not has_variance(group, per_turn=per_turn) for group in fresh)
         ),
         "forks": float(sum(rollout.num_forks for rollout in rollouts)),
     }
@@ -54,6 +59,7 @@ def rollout_metrics(
     metrics["response_tokens/max"] = float(max(lengths))
     metrics["truncated"] = statistics.fmean(truncated(rollout) for rollout in kept)
     metrics |= _staleness(kept, version) | _sampled_entropy(kept)
+    metrics["staleness/steps_max"] = float(max(map(freshness.steps_behind, kept)))
     metrics |= _by_name(kept)
     metrics |= _shares(kept)
     return metrics

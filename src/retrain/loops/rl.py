@@ -1,10 +1,16 @@
-"""Reinforcement learning: sample groups, score them, learn, and again."""
+"""Reinforcement learning: sample groups, score them, learn, and again.
+
+One loop for every `max_staleness`. A step's groups may start once the weights of the step that is
+so many before the last one are with the engine; the rest is waiting for what is not there yet.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import difflib
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from retrain.config.algorithm import TOKEN_ADVANTAGES, Hyperparameters
@@ -24,8 +30,10 @@ from retrain.loops.credit import has_variance, punish_overlong, rollout_advantag
 from retrain.loops.evaluate import EvalStage
 from retrain.loops.metrics import rollout_metrics
 from retrain.loops.monitors import Monitors
-from retrain.loops.survivors import Losses, large_enough, smallest_group
+from retrain.loops.pipeline import Pipeline, SampledGroup, seconds_under_way
+from retrain.loops.survivors import Freshness, Losses, large_enough, smallest_group
 from retrain.loops.update import PolicyUpdate, build_update, check_critic
+from retrain.loops.worker import Worker
 from retrain.rewards import RewardCalculator
 from retrain.rollout import Sampler
 from retrain.types import Rollout, Sample, Task, UserError
@@ -74,11 +82,17 @@ class RLStage:
 
     async def execute(self, context: RunContext) -> None:
         work = self._begin(context)
+        try:
+            await self._train(work, context)
+        finally:
+            await work.close()
+
+    async def _train(self, work: _Work, context: RunContext) -> None:
         state = self._resume(work, context)
         context.progress.stage(self.name, total=self.settings.steps, kind="rl", done=state.step)
         if not state.evaluated:
             with context.saved_on_failure(self.config, state, work.training):
-                await context.stop.watch(self._evaluate(state.step, context))
+                await context.stop.watch(self._evaluate(state.step, work, context))
         if not state.evaluated or state.step == self.settings.steps:
             self._save(state.step, work, context)
         for step in range(state.step + 1, self.settings.steps + 1):
@@ -87,25 +101,19 @@ class RLStage:
             started = time.perf_counter()
             with context.saved_on_failure(self.config, state, work.training):
                 context.stop.check()
-                groups, chosen = await context.stop.watch(self._sample(work.tasks, context))
-                rollouts = [rollout for group in groups for rollout in group]
-                self.calculator.end_step(rollouts)
+                sampled = await context.stop.watch(self._sample(step, work, context))
+                self.calculator.end_step(sampled.rollouts)
             generated = time.perf_counter()
 
-            metrics = work.losses.observe(step, groups) | rollout_metrics(
-                groups,
-                self.config.evaluation,
-                version=context.version,
-                per_turn=self.settings.credit == "turn",
-                min_group_size=smallest_group(self.config),
-            )
-            samples, learnt = self._learn(step, chosen, state, work, context)
-            metrics |= learnt | _speed(groups, samples, generated - started, generated)
+            learn = functools.partial(self._learn, step, sampled, state, work, context)
+            metrics, samples = await work.thread.run(learn)
+            metrics |= _speed(sampled, samples, generated - started, generated)
             metrics["alerts"] = float(len(work.monitors.observe(step, metrics)))
             context.log(self.name, step, metrics)
             if self.config.tracking.rollouts:
                 advantages = rollout_advantages(samples)
-                context.run.write_rollouts(self.name, step, rollouts, advantages)
+                write = functools.partial(context.run.write_rollouts, self.name, step)
+                await work.thread.run(functools.partial(write, sampled.rollouts, advantages))
 
             with context.saved_on_failure(self.config, state, work.training):
                 work.losses.check(step)
@@ -113,8 +121,8 @@ class RLStage:
                 state = self._stand(step, work, context)
                 state = replace(state, finished=False, evaluated=False)
             with context.saved_on_failure(self.config, state, work.training):
-                await context.stop.watch(self._evaluate(step, context))
-            self._save(step, work, context)
+                await context.stop.watch(self._evaluate(step, work, context))
+            await work.thread.run(functools.partial(self._save, step, work, context))
 
     def _begin(self, context: RunContext) -> _Work:
         update = build_update(
@@ -122,8 +130,12 @@ class RLStage:
         )
         context.critic = update.learner.critic
         most = self.config.rollout.max_lost_steps
+        tasks = Cursor(self.tasks, place="prompt_source")
         return _Work(
-            tasks=Cursor(self.tasks, place="prompt_source"),
+            tasks=tasks,
+            pipeline=Pipeline(tasks, self._group()),
+            freshness=Freshness(self.settings.max_staleness),
+            thread=Worker(),
             update=update,
             training=Training(update.learner, update.reference),
             monitors=Monitors(thresholds(self.config), stage=self.name),
@@ -155,7 +167,7 @@ class RLStage:
                 step=step,
                 finished=step == self.settings.steps,
                 version=context.version,
-                position=work.tasks.position(),
+                position=work.pipeline.position(),
                 updates=work.update.learner.updates,
                 rewards=self.calculator.state(),
             )
@@ -183,53 +195,69 @@ class RLStage:
         )
 
     def _learn(
-        self,
-        step: int,
-        chosen: Sequence[Sequence[Rollout]],
-        before: RunState,
-        work: _Work,
-        context: RunContext,
-    ) -> tuple[list[Sample], dict[str, float]]:
-        """What trained, and the metrics of the updates.
+        self, step: int, sampled: _Sampled, before: RunState, work: _Work, context: RunContext
+    ) -> tuple[dict[str, float], list[Sample]]:
+        """The metrics of the step's rollouts and updates, and what trained.
 
         Raises:
             UserError: a loss or gradient is not finite; its batch is written down, and `before`
                 saved where no update of the step was made.
         """
+        groups = [group.rollouts for group in sampled.groups]
+        metrics = work.losses.observe(step, groups) | rollout_metrics(
+            groups,
+            self.config.evaluation,
+            version=context.version,
+            freshness=work.freshness,
+            per_turn=self.settings.credit == "turn",
+            min_group_size=smallest_group(self.config),
+        )
+        work.freshness.warn(f"{self.name} step {step}", sampled.rollouts)
         update = work.update
         try:
-            samples = update.samples(chosen)
-            if not samples:
-                return samples, {}
-            return samples, update.learn(samples, step, context.weights_changed)
+            samples = update.samples(sampled.chosen)
+            if samples:
+                metrics |= update.learn(samples, step, context.weights_changed)
         except NotFiniteError as error:
             if update.learner.updates == before.updates:
                 context.save_if_new(self.config, before, work.training)
             raise context.write_down(error, self.name, step) from error
+        return metrics, samples
 
-    async def _sample(
-        self, tasks: Iterator[tuple[int, Task]], context: RunContext
-    ) -> tuple[list[list[Rollout]], list[list[Rollout]]]:
-        """A step's groups, scored: all of them, and those to learn from.
+    async def _sample(self, step: int, work: _Work, context: RunContext) -> _Sampled:
+        """A step's groups, scored, under way since as many steps as they may be stale.
 
         With dynamic sampling, groups without variance are made up for by further tasks, as often
         as the settings allow; the step learns from as many groups as without it.
         """
         await context.bring_weights()
+        work.freshness.publish(context.version)
+        work.pipeline.begin_step()
         settings, least = self.settings, smallest_group(self.config)
-        groups: list[list[Rollout]] = []
-        drawn: set[tuple[int, str]] = set()
+        ahead = min(settings.max_staleness, settings.steps - step) * settings.prompts_per_step
+        groups: list[SampledGroup] = []
         missing = settings.prompts_per_step
         for _ in range(settings.dynamic_sampling_rounds + 1):
-            batch = take_distinct(tasks, missing, drawn)
-            groups += await self.sampler.groups(batch, settings.group_size, self._score)
+            groups += await work.pipeline.take(missing, ahead=ahead)
             per_turn = settings.credit == "turn"
-            alive = [group for group in groups if large_enough(group, least)]
+            fresh = work.freshness.of([group.rollouts for group in groups])
+            alive = [group for group in fresh if large_enough(group, least)]
             full = [group for group in alive if has_variance(group, per_turn=per_turn)]
             missing = settings.prompts_per_step - len(full)
             if missing == 0:
                 break
-        return groups, full if settings.dynamic_sampling_rounds else alive
+        return _Sampled(groups, full if settings.dynamic_sampling_rounds else alive)
+
+    def _group(self) -> Callable[[int, Task], Awaitable[list[Rollout]]]:
+        """Makes the group of an (epoch, task), all of them together within the concurrency that
+        there may be."""
+        gate = asyncio.Semaphore(self.sampler.max_concurrency)
+
+        async def of(epoch: int, task: Task) -> list[Rollout]:
+            size = self.settings.group_size
+            return await self.sampler.scored_group(task, size, self._score, epoch=epoch, gate=gate)
+
+        return of
 
     async def _score(self, group: list[Rollout]) -> None:
         await self.calculator.score(group)
@@ -247,10 +275,12 @@ class RLStage:
         if self.evaluation is not None:
             await self.evaluation.close()
 
-    async def _evaluate(self, step: int, context: RunContext) -> None:
+    async def _evaluate(self, step: int, work: _Work, context: RunContext) -> None:
+        """Where it is due; what is under way ends before, and nothing starts meanwhile."""
         evaluation = self.evaluation
         every = None if evaluation is None else evaluation.settings.every_steps
         if evaluation is not None and every is not None and step % every == 0:
+            await work.pipeline.settle()
             await evaluation.evaluate(context, evaluation.name, step=step, report=False)
 
 
@@ -259,10 +289,31 @@ class _Work:
     """What a stage has in memory while it is executed."""
 
     tasks: Cursor[Task]
+    pipeline: Pipeline
+    freshness: Freshness
+    thread: Worker
     update: PolicyUpdate
     training: Training
     monitors: Monitors
     losses: Losses
+
+    async def close(self) -> None:
+        await self.pipeline.close()
+        self.thread.close()
+
+
+@dataclass(frozen=True)
+class _Sampled:
+    """What a step has to learn from."""
+
+    groups: list[SampledGroup]
+    """All that were taken, in order."""
+    chosen: list[list[Rollout]]
+    """Those that teach, without what is stale."""
+
+    @property
+    def rollouts(self) -> list[Rollout]:
+        return [rollout for group in self.groups for rollout in group.rollouts]
 
 
 def thresholds(config: TrainingConfig) -> dict[str, float | None]:
@@ -273,36 +324,18 @@ def thresholds(config: TrainingConfig) -> dict[str, float | None]:
     return given
 
 
-def take_distinct(
-    tasks: Iterator[tuple[int, Task]], count: int, seen: set[tuple[int, str]]
-) -> list[tuple[int, Task]]:
-    """The next tasks; `seen` are those of the same step, and these are added to them.
-
-    Raises:
-        UserError: two of them have one id, which would mix their groups up.
-    """
-    batch = [next(tasks) for _ in range(count)]
-    for epoch, task in batch:
-        if (epoch, task.id) in seen:
-            raise UserError(
-                f"prompt_source: two tasks have the id {task.id!r}",
-                "Give each its own, or leave out prompt_source.id_column.",
-            )
-        seen.add((epoch, task.id))
-    return batch
-
-
 def _speed(
-    groups: Sequence[Sequence[Rollout]],
-    samples: Sequence[Sample],
-    generating: float,
-    generated: float,
+    sampled: _Sampled, samples: Sequence[Sample], waited: float, generated: float
 ) -> dict[str, float]:
+    """Seconds: `wait` until the step had its groups, `generate` in which at least one of them was
+    under way (since when they started, which may be in an earlier step), `train`."""
     training = time.perf_counter() - generated
-    sampled = sum(sampled_tokens(rollout) for group in groups for rollout in group)
+    generating = seconds_under_way(sampled.groups)
+    tokens = sum(map(sampled_tokens, sampled.rollouts))
     return {
+        "seconds/wait": waited,
         "seconds/generate": generating,
         "seconds/train": training,
-        "tokens_per_s/generate": sampled / max(generating, 1e-9),
+        "tokens_per_s/generate": tokens / max(generating, 1e-9),
         "tokens_per_s/train": sum(map(len, samples)) / max(training, 1e-9),
     }

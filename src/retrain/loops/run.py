@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from retrain.config.engine import TorchEngineConfig
 from retrain.config.load import dump_yaml, load_config, resolve_stages
 from retrain.config.root import StageKind, TrainingConfig
-from retrain.loops.build import build_engine, build_sandbox, runs_code
+from retrain.loops.build import build_sandbox, runs_code
 from retrain.loops.context import RunContext
+from retrain.loops.engines import build_engine
 from retrain.loops.evaluate import EvalStage
 from retrain.loops.interrupt import Interrupted, Stop
+from retrain.loops.pipeline import overlapping
 from retrain.loops.repeatable import circumstances, repeatable
 from retrain.loops.resume import Resumption, find_run, read_resumption, stages_left
 from retrain.loops.rl import RLStage
@@ -123,13 +126,21 @@ def _create(config: TrainingConfig, **about: object) -> RunDirectory:
 
 def _news(
     going_on: Resumption | None, deterministic: bool | None, config: TrainingConfig
-) -> Iterable[str]:
+) -> Iterator[str]:
     """What a user should know before the run begins, or goes on."""
     if going_on is not None:
-        return going_on.say(deterministic)
-    if deterministic is False and config.engine.deterministic is None:
-        return ["the engine is not deterministic here: a resumed run is not the same bit for bit"]
-    return []
+        yield from going_on.say(deterministic)
+    if ahead := overlapping(config):
+        stages = ", ".join(f"{name} (max_staleness {steps})" for name, steps in ahead.items())
+        yield f"rollouts overlap training in {stages}: a resumed run is not the same bit for bit"
+    elif going_on is None and deterministic is False and not _asked_for_speed(config):
+        yield "the engine is not deterministic here: a resumed run is not the same bit for bit"
+
+
+def _asked_for_speed(config: TrainingConfig) -> bool:
+    """Whether the config itself says that the engine need not be deterministic."""
+    engine = config.engine
+    return isinstance(engine, TorchEngineConfig) and engine.deterministic is False
 
 
 async def _prepare_engine(
@@ -156,6 +167,9 @@ async def _execute(
         context.begin(directory, progress, stop)
         directory.describe(status="running")
         try:
+            await context.engine.start(directory.path)
+            if any(not isinstance(stage, SFTStage) for stage in stages):
+                await stop.watch(context.bring_weights())
             for stage in stages:
                 await stage.execute(context)
             stop.check()

@@ -1,18 +1,20 @@
-"""Rollouts that infrastructure lost: counted, written down, and made up for by nobody.
+"""Rollouts that infrastructure lost, or that came too late: counted, and made up for by nobody.
 
-A step goes on with what survives. It ends the run only when nothing has survived for several steps.
+A step goes on with what survives. It ends the run only when infrastructure has left nothing for
+several steps.
 """
 
 from __future__ import annotations
 
 import logging
+from bisect import bisect_right
 from collections.abc import Sequence
 
 from retrain.config.algorithm import TOKEN_ADVANTAGES
 from retrain.config.root import TrainingConfig
 from retrain.engines import PolicyEngine
 from retrain.tracking.run_dir import RunDirectory
-from retrain.types import Rollout, UserError
+from retrain.types import NO_VERSION, Rollout, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,50 @@ def smallest_group(config: TrainingConfig) -> int:
 def large_enough(group: Sequence[Rollout], least: int) -> bool:
     """Whether as many rollouts of a group survived."""
     return sum(rollout.error is None for rollout in group) >= least
+
+
+class Freshness:
+    """How old the weights are that sampled a rollout, counted in steps.
+
+    Args:
+        max_staleness: what is older does not train.
+    """
+
+    def __init__(self, max_staleness: int) -> None:
+        self._max_staleness = max_staleness
+        self._published: list[int] = []
+
+    def publish(self, version: int) -> None:
+        """The engine samples from `version` now, the policy that the coming step learns with."""
+        if not self._published or version > self._published[-1]:
+            self._published.append(version)
+
+    def steps_behind(self, rollout: Rollout) -> int:
+        """How often weights were published since those that sampled its oldest token; weights from
+        before the stage began count as older than allowed."""
+        versions = {version for segment in rollout.segments for version in set(segment.versions)}
+        oldest = min(versions - {NO_VERSION}, default=self._published[-1])
+        newer = len(self._published) - bisect_right(self._published, oldest)
+        known = oldest >= self._published[0]
+        return newer if known else max(newer, self._max_staleness + 1)
+
+    def is_stale(self, rollout: Rollout) -> bool:
+        """Whether it has a token that is too old to train; one that is masked has other reasons."""
+        return rollout.error is None and self.steps_behind(rollout) > self._max_staleness
+
+    def of(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
+        """The groups without what is stale."""
+        return [[rollout for rollout in group if not self.is_stale(rollout)] for group in groups]
+
+    def warn(self, place: str, rollouts: Sequence[Rollout]) -> None:
+        """Say it where some are stale: the loop starts none too early, so an engine is behind."""
+        stale = [rollout for rollout in rollouts if self.is_stale(rollout)]
+        if stale:
+            logger.warning(
+                "%s: %d of %d rollouts do not train, for they have tokens older than max_staleness "
+                "allows; the first, %s, is %d steps behind",
+                *(place, len(stale), len(rollouts), stale[0].id, self.steps_behind(stale[0])),
+            )
 
 
 def write_failures(
@@ -71,7 +117,8 @@ class Losses:
             self._lost_steps += 1
             self._first_cause = self._first_cause or str(rollouts[0].error)
         restarts, self._restarts = self._engine.restarts - self._restarts, self._engine.restarts
-        return {"engine/restarts": float(restarts)} if restarts else {}
+        found = {f"engine/{name}": value for name, value in self._engine.measured.items()}
+        return found | ({"engine/restarts": float(restarts)} if restarts else {})
 
     @property
     def streak(self) -> int:

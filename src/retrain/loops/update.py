@@ -12,7 +12,8 @@ from typing import Any
 from torch import Tensor
 
 from retrain import algorithms
-from retrain.config.algorithm import CorrectionConfig, Hyperparameters
+from retrain.config.algorithm import Hyperparameters
+from retrain.config.terms import CorrectionConfig
 from retrain.learner import Critic, PolicyObjective, Reference, TorchLearner
 from retrain.learner.objectives import Correction, Metrics, PolicyLoss
 from retrain.loops.build import build_learner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,12 +13,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers.utils.logging import (
+    disable_progress_bar,
+    enable_progress_bar,
+    is_progress_bar_enabled,
+)
 
+from retrain.models.forward import unwrap
 from retrain.models.load import Policy
 from retrain.types import UserError
 
 CRITIC_FILE = Path("critic", "critic.safetensors")
 """In a directory of its own: servers load every safetensors file beside the model's."""
+
+UNTIED_FILE = "untied.safetensors"
+"""The output layer, where a tied model is saved as an untied one."""
 
 
 def save_policy(
@@ -39,7 +49,7 @@ def save_policy(
     directory.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "merge_and_unload") and (merge_lora or policy.base is None):
         model = copy.deepcopy(model).merge_and_unload()
-    with _as_os_errors():
+    with _as_os_errors(), _without_progress_bars():
         model.save_pretrained(directory)
         policy.tokenizer.save_pretrained(directory)
         if critic is not None:
@@ -64,6 +74,18 @@ def _as_os_errors() -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise OSError(str(error)) from error
+
+
+@contextmanager
+def _without_progress_bars() -> Iterator[None]:
+    """Those of transformers, which shows one for each file."""
+    shown = is_progress_bar_enabled()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 def holds(directory: Path, weights: dict[str, torch.Tensor]) -> bool:
@@ -119,3 +141,24 @@ def load_critic(critic: nn.Module, directory: Path) -> None:
 def trained(module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that train, by name."""
     return {n: p.detach().contiguous() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def save_untied(model: nn.Module, directory: Path) -> None:
+    """Make the saved model of a directory one whose output layer has weights of its own, equal to
+    those of the embeddings that it shares in `model`.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    plain = unwrap(model)
+    output: Any = plain.get_output_embeddings()
+    name = next(name for name, module in plain.named_modules() if module is output)
+    save_tensors({f"{name}.weight": output.weight}, directory / UNTIED_FILE)
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        listed = json.loads(index.read_text(encoding="utf-8"))
+        listed["weight_map"][f"{name}.weight"] = UNTIED_FILE
+        index.write_text(json.dumps(listed, indent=2) + "\n", encoding="utf-8")
+    config = directory / "config.json"
+    changed = json.loads(config.read_text(encoding="utf-8")) | {"tie_word_embeddings": False}
+    config.write_text(json.dumps(changed, indent=2) + "\n", encoding="utf-8")

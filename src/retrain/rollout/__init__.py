@@ -1,12 +1,14 @@
 """Rollouts: one, a group, a step's worth; and the samples that they become."""
 
 from retrain.rollout.agent import EngineAgent, request_seed
+from retrain.rollout.endpoint_user import EndpointUser
 from retrain.rollout.garbage import set_aside
 from retrain.rollout.model_user import ModelUser
 from retrain.rollout.samples import to_samples
 from retrain.rollout.sampling import Sampler, gather_or_cancel
 
 __all__ = [
+    "EndpointUser",
     "EngineAgent",
     "ModelUser",
     "Sampler",

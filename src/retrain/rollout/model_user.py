@@ -51,10 +51,8 @@ class ModelUser:
             trainable=False,
         )
         mine = agent.start(Task(rollout.id, ()))
-        mine.add_messages(Message(self._instructions(task), MessageType.SYSTEM))
-        mine.add_messages(
-            *(Message(m.content, _FLIPPED[m.type]) for m in rollout.messages if m.type in _FLIPPED)
-        )
+        mine.add_messages(Message(instructions(self._system_prompt, task), MessageType.SYSTEM))
+        mine.add_messages(*seen_by_user(rollout))
         return (await agent.act(mine)).content.strip() or None
 
     async def finish(self, rollout: Rollout) -> None:
@@ -63,19 +61,31 @@ class ModelUser:
     async def close(self) -> None:
         await self._engine.close()
 
-    def _instructions(self, task: Task) -> str:
-        columns = {
-            **task.metadata,
-            "prompt": task.prompt[-1].content if task.prompt else "",
-            "answer": task.answer,
-        }
-        try:
-            return self._system_prompt.format(**columns)
-        except (KeyError, IndexError) as error:
-            raise UserError(
-                f"environment.user.system_prompt asks for {error}, which task {task.id} lacks",
-                f"Columns: {', '.join(sorted(columns))}.",
-            ) from error
+
+def seen_by_user(rollout: Rollout) -> list[Message]:
+    """What was said, with the parties exchanged: the policy's words are another party's, and the
+    user's own are the model's."""
+    return [Message(m.content, _FLIPPED[m.type]) for m in rollout.messages if m.type in _FLIPPED]
+
+
+def instructions(system_prompt: str, task: Task) -> str:
+    """A user's system prompt, with the task's columns filled in.
+
+    Raises:
+        UserError: it asks for a column that the task lacks.
+    """
+    columns = {
+        **task.metadata,
+        "prompt": task.prompt[-1].content if task.prompt else "",
+        "answer": task.answer,
+    }
+    try:
+        return system_prompt.format(**columns)
+    except (KeyError, IndexError) as error:
+        raise UserError(
+            f"environment.user.system_prompt asks for {error}, which task {task.id} lacks",
+            f"Columns: {', '.join(sorted(columns))}.",
+        ) from error
 
 
 def _session(rollout: Rollout) -> str:

@@ -46,7 +46,7 @@ class Sampler:
         retries: how often a rollout whose infrastructure failed is started again before it is
             masked.
         backoff_s: wait before the first retry; it doubles with each, up to a minute.
-        max_concurrency: most rollouts of `groups` that are under way at the same time.
+        max_concurrency: most rollouts that are under way at the same time; `groups` keeps to it.
     """
 
     environment: Environment
@@ -151,33 +151,39 @@ class Sampler:
 
         return await gather_or_cancel(map(admitted, range(size)))
 
+    async def scored_group(
+        self,
+        task: Task,
+        size: int,
+        score: Callable[[list[Rollout]], Awaitable[None]],
+        *,
+        epoch: int = 0,
+        gate: asyncio.Semaphore | None = None,
+    ) -> list[Rollout]:
+        """A group, scored when all of it is done. Scoring that hangs masks it."""
+        group = await self.group(task, size, epoch=epoch, gate=gate)
+        try:
+            await within(score(group), self.timeout_s)
+        except Late:
+            for rollout in group:
+                if rollout.error is None:
+                    rollout.mask(
+                        "reward",
+                        f"the group was not scored within {self.timeout_s:g} s (rollout.timeout_s)",
+                    )
+        return group
+
     async def groups(
         self,
         tasks: Iterable[tuple[int, Task]],
         size: int,
         score: Callable[[list[Rollout]], Awaitable[None]],
     ) -> list[list[Rollout]]:
-        """A group for each (epoch, task), all at the same time; each is scored when it is done.
-
-        Scoring that hangs masks its group.
-        """
+        """A scored group for each (epoch, task), all at the same time."""
         gate = asyncio.Semaphore(self.max_concurrency)
-
-        async def scored(epoch: int, task: Task) -> list[Rollout]:
-            group = await self.group(task, size, epoch=epoch, gate=gate)
-            try:
-                await within(score(group), self.timeout_s)
-            except Late:
-                for rollout in group:
-                    if rollout.error is None:
-                        rollout.mask(
-                            "reward",
-                            f"the group was not scored within {self.timeout_s:g} s "
-                            "(rollout.timeout_s)",
-                        )
-            return group
-
-        return await gather_or_cancel(scored(epoch, task) for epoch, task in tasks)
+        return await gather_or_cancel(
+            self.scored_group(task, size, score, epoch=epoch, gate=gate) for epoch, task in tasks
+        )
 
 
 async def gather_or_cancel(coroutines: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

@@ -1,0 +1,351 @@
+"""Any OpenAI-compatible chat endpoint, text only: for simulated users, judges and teachers.
+
+It gives no token ids and no log-probabilities of what it sampled, and its weights follow nobody's:
+it can play any party but the policy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit, urlunsplit
+
+from retrain.types import InfrastructureError, UserError
+
+if TYPE_CHECKING:
+    import httpx2
+
+LONGEST_WAIT_S = 60.0
+"""Between two attempts, whatever the server asks for."""
+
+MAX_ANSWER_BYTES = 16 * 2**20
+
+_CONNECT_S = 10.0
+_SHOWN_CHARS = 300
+_KEY = re.compile(r"[!-~]+")
+"""What may stand in a header."""
+
+_PASSING = (408, 409, 425, 429)
+"""The 4xx codes that speak of the moment, not of the request."""
+
+
+@dataclass(frozen=True)
+class ChatReply:
+    text: str
+    """Empty where the server sent none."""
+    finish_reason: str
+    """As the server names it: `stop`, `length`, `content_filter`."""
+    prompt_tokens: int | None
+    """None where the server does not say."""
+    completion_tokens: int | None
+    cost: float | None
+    """By the endpoint's prices; None where the tokens are not known."""
+    attempts: int
+    """From 1."""
+
+
+class ChatEndpoint:
+    """Asks one model at one address.
+
+    Args:
+        url: the base that the API's paths follow, such as `https://api.openai.com/v1`; a server's
+            bare address gets `/v1`.
+        api_key: sent as a bearer token; it appears in no message of ours.
+        max_tokens: of a reply.
+        timeout_s: of one attempt, its turn not included.
+        retries: further attempts where the connection fails, the time runs out, the answer is none
+            of this protocol, or the server says 408, 409, 425, 429 or 5xx.
+        backoff_s: wait before the first retry. It doubles with each; a random part of it, up to
+            half, is taken off. `Retry-After` takes its place. At most LONGEST_WAIT_S.
+        max_concurrency: most requests under way in an event loop.
+        prompt_price, completion_price: of a million tokens; what `ChatReply.cost` is made of.
+        where: what errors call the endpoint: the place in the config that it comes from.
+
+    Raises:
+        UserError: the address or the key cannot be one.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        *,
+        api_key: str | None = None,
+        temperature: float = 1.0,
+        max_tokens: int = 512,
+        timeout_s: float = 60.0,
+        retries: int = 3,
+        backoff_s: float = 1.0,
+        max_concurrency: int = 16,
+        prompt_price: float = 0.0,
+        completion_price: float = 0.0,
+        where: str = "the endpoint",
+    ) -> None:
+        self._where = where
+        self._endpoint = _address(url, where)
+        self._model = model
+        if api_key is not None and not _KEY.fullmatch(api_key):
+            raise UserError(
+                f"{where}: the API key is empty, or has spaces or characters that no key has",
+                "Set the variable to the key alone.",
+            )
+        self._api_key = api_key
+        self._temperature = temperature
+        self._max_tokens = max_tokens
+        self._timeout_s = timeout_s
+        self._retries = retries
+        self._backoff_s = backoff_s
+        self._max_concurrency = max_concurrency
+        self._prices = prompt_price, completion_price
+        self._length_key = "max_tokens"
+        self._lines: dict[asyncio.AbstractEventLoop, _Line] = {}
+        self._closed = False
+
+    async def chat(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        *,
+        seed: int | None = None,
+        max_tokens: int | None = None,
+    ) -> ChatReply:
+        """The next message of a conversation.
+
+        Args:
+            messages: `{"role": ..., "content": ...}` each.
+            seed: sent along; most servers sample by it.
+            max_tokens: instead of the endpoint's own.
+
+        Raises:
+            UserError: the server refuses the request as such: the key, the model, the messages.
+            InfrastructureError: there is still no answer after the last retry.
+        """
+        body = {
+            "model": self._model,
+            "messages": [dict(message) for message in messages],
+            "temperature": self._temperature,
+        }
+        if seed is not None:
+            body["seed"] = seed
+        length = self._max_tokens if max_tokens is None else max_tokens
+        attempt = 1
+        while True:
+            try:
+                answer = await self._ask(body, length)
+                return self._reply(answer, attempt)
+            except _Later as later:
+                if attempt > self._retries:
+                    tried = f" ({attempt} attempts)" if attempt > 1 else ""
+                    raise InfrastructureError(f"{self._named}: {later}{tried}") from later
+                await asyncio.sleep(self._wait(attempt, later.after_s))
+                attempt += 1
+
+    async def close(self) -> None:
+        """Close this event loop's connections, those in use included; nothing is asked after."""
+        self._closed = True
+        line = self._lines.pop(asyncio.get_running_loop(), None)
+        if line is not None:
+            await line.client.aclose()
+
+    @property
+    def _named(self) -> str:
+        return f"{self._where}: {self._endpoint}"
+
+    def _wait(self, attempt: int, after_s: float | None) -> float:
+        if after_s is not None:
+            return min(after_s, LONGEST_WAIT_S)
+        whole = min(self._backoff_s * 2.0 ** min(attempt - 1, 16), LONGEST_WAIT_S)
+        return whole * random.uniform(0.5, 1.0)
+
+    async def _ask(self, body: dict[str, Any], length: int) -> Any:
+        """One attempt; of a server that wants `max_completion_tokens` by name, two."""
+        key = self._length_key
+        status, headers, text = await self._post(body | {key: length})
+        if status == 400 and key == "max_tokens" and "max_completion_tokens" in text:
+            self._length_key = "max_completion_tokens"
+            status, headers, text = await self._post(body | {self._length_key: length})
+        if status >= 400 or status < 200:
+            self._refuse(status, headers, text)
+        if status >= 300:
+            raise UserError(f"{self._named} answered {status}", "Write the address it moved to.")
+        try:
+            return json.loads(text)
+        except ValueError:
+            raise _Later(f"the answer is no JSON: {self._shown(text)}") from None
+
+    def _refuse(self, status: int, headers: Mapping[str, str], text: str) -> None:
+        said = f"answered {status}: {self._shown(_message(text))}"
+        spent = status == 429 and "insufficient_quota" in text
+        if (status >= 500 or status in _PASSING) and not spent:
+            raise _Later(said, _seconds(headers.get("retry-after")))
+        if spent:
+            step = "The account has no credit left."
+        elif status in (401, 403):
+            step = "Check the key in the variable that api_key_env names."
+            if self._api_key is None:
+                step = "Name a variable with the key: api_key_env."
+        elif status == 404:
+            step = f"Check the model's name, {self._model!r}, and the url."
+        else:
+            step = "The server does not take this request: check the model and its limits."
+        raise UserError(f"{self._named} {said}", step)
+
+    async def _post(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], str]:
+        """Status, headers and text of an answer.
+
+        Raises:
+            _Later: there is none this time.
+            InfrastructureError: the endpoint was closed.
+            UserError: the address is none.
+        """
+        import httpx2
+
+        if self._closed:
+            raise InfrastructureError(f"{self._named}: the endpoint is closed")
+        line = self._line()
+        received = bytearray()
+        async with line.slots:
+            try:
+                async with (
+                    asyncio.timeout(self._timeout_s) as clock,
+                    line.client.stream("POST", self._endpoint, json=body) as response,
+                ):
+                    async for piece in response.aiter_bytes():
+                        received += piece
+                        if len(received) > MAX_ANSWER_BYTES:
+                            raise _Later(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+            except TimeoutError:
+                if not clock.expired():
+                    raise
+                raise _Later(f"no answer within {self._timeout_s:g} s") from None
+            except httpx2.InvalidURL as error:
+                raise UserError(f"{self._named}: {error}", "Correct the url.") from None
+            except httpx2.HTTPError as error:
+                cause = f"{type(error).__name__}: {error}".rstrip(": ")
+                raise _Later(self._shown(cause)) from None
+        return response.status_code, response.headers, received.decode("utf-8", "replace")
+
+    def _reply(self, answer: Any, attempt: int) -> ChatReply:
+        try:
+            choice = answer["choices"][0]
+            text = choice["message"].get("content")
+            finish = choice.get("finish_reason")
+            usage = answer.get("usage") or {}
+            counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
+        except (AttributeError, IndexError, KeyError, TypeError):
+            raise _Later(f"no chat completion: {self._shown(json.dumps(answer))}") from None
+        if not isinstance(text, str | None) or not all(isinstance(n, int | None) for n in counts):
+            raise _Later(f"no chat completion: {self._shown(json.dumps(answer))}")
+        prompt, completion = counts
+        cost = None
+        if prompt is not None and completion is not None:
+            cost = (prompt * self._prices[0] + completion * self._prices[1]) / 1e6
+        return ChatReply(text or "", str(finish or "stop"), prompt, completion, cost, attempt)
+
+    def _shown(self, text: str) -> str:
+        """One line for an error, without the key."""
+        if self._api_key is not None:
+            text = text.replace(self._api_key, "***")
+        return " ".join(text.split())[:_SHOWN_CHARS] or "(nothing)"
+
+    def _line(self) -> _Line:
+        for loop in [loop for loop in self._lines if loop.is_closed()]:
+            del self._lines[loop]
+        loop = asyncio.get_running_loop()
+        if loop not in self._lines:
+            self._lines[loop] = self._open()
+        return self._lines[loop]
+
+    def _open(self) -> _Line:
+        import httpx2
+
+        bearer = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
+        client = httpx2.AsyncClient(
+            headers=bearer,
+            timeout=httpx2.Timeout(None, connect=_CONNECT_S),
+            limits=httpx2.Limits(max_connections=self._max_concurrency),
+        )
+        return _Line(client, asyncio.Semaphore(self._max_concurrency))
+
+
+@dataclass(frozen=True)
+class _Line:
+    """What belongs to one event loop."""
+
+    client: httpx2.AsyncClient
+    slots: asyncio.Semaphore
+
+
+class _Later(Exception):
+    """No answer this time."""
+
+    def __init__(self, cause: str, after_s: float | None = None) -> None:
+        super().__init__(cause)
+        self.after_s = after_s
+        """What the server asks to be waited."""
+
+
+def read_key(variable: str | None, where: str) -> str | None:
+    """The API key that an environment variable holds; None where none is named.
+
+    Args:
+        where: the place in the config that names the variable.
+
+    Raises:
+        UserError: it is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise UserError(
+            f"{where}: the environment variable {variable} is not set",
+            f"Put the key there: export {variable}=...",
+        )
+    return key
+
+
+def _address(url: str, where: str) -> str:
+    """Where chats are posted.
+
+    Raises:
+        UserError: it is no web address, or one with a password.
+    """
+    try:
+        parts = urlsplit(url)
+        host, secret = parts.hostname, parts.username or parts.password
+        _ = parts.port
+    except ValueError:
+        parts, host, secret = urlsplit(""), None, None
+    if secret is not None:
+        raise UserError(f"{where}: the url has a user or password in it", "Use api_key_env.")
+    if parts.scheme not in ("http", "https") or not host:
+        raise UserError(
+            f"{where}: {url!r} is not a web address", "Write one such as https://host/v1."
+        )
+    base = parts.path.rstrip("/").removesuffix("/chat/completions") or "/v1"
+    return urlunsplit((parts.scheme, parts.netloc, f"{base}/chat/completions", parts.query, ""))
+
+
+def _message(text: str) -> str:
+    """What an error answer says, as servers of this kind nest it."""
+    try:
+        found: Any = json.loads(text)
+    except ValueError:
+        return text
+    while isinstance(found, dict):
+        found = next((found[k] for k in ("error", "message", "detail") if k in found), None)
+    return found if isinstance(found, str) and found else text
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Of a `Retry-After` in seconds; a date counts as none."""
+    try:
+        return max(0.0, float(retry_after)) if retry_after else None
+    except ValueError:
+        return None

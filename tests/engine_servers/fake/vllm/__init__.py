@@ -1,0 +1,1 @@
+"""Stands in for the real package, for tests; see `engine_servers`."""

@@ -1,0 +1,12 @@
+"""`python -m vllm.entrypoints.openai.api_server`, as a test server."""
+
+import sys
+from pathlib import Path
+
+TESTS = Path(__file__).parents[5]
+
+if __name__ == "__main__":
+    sys.path[:0] = [str(TESTS), str(TESTS.parent / "src")]
+    from engine_servers.launch import main
+
+    main("vllm")

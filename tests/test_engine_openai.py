@@ -1,0 +1,269 @@
+"""Chat endpoints, and the simulated users that they play."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine_servers.chat import ChatServer
+from engine_servers.server import EngineServer
+from engine_servers.wire import Answer
+from retrain.engines.openai import ChatEndpoint, ChatReply, _seconds, read_key
+from retrain.types import InfrastructureError, UserError
+from tiny import byte_tokenizer, tiny_qwen3
+
+KEY = "sk-very-secret-4711"
+HELLO = [{"role": "user", "content": "Hello there"}]
+
+
+@asynccontextmanager
+async def endpoint(url: str, **options: Any) -> AsyncIterator[ChatEndpoint]:
+    made = ChatEndpoint(url, **{"model": "small", "backoff_s": 0.001, **options})
+    try:
+        yield made
+    finally:
+        await made.close()
+
+
+async def ask(url: str, messages: Any = HELLO, seed: int | None = None, **options: Any) -> Any:
+    async with endpoint(url, **options) as made:
+        return await made.chat(messages, seed=seed)
+
+
+async def test_a_reply_its_tokens_and_what_it_cost() -> None:
+    with ChatServer(lambda messages: f"You said {messages[-1]['content']}") as server:
+        got = await ask(server.url, prompt_price=2.0, completion_price=0.5, seed=7)
+        assert got == ChatReply("You said Hello there", "stop", 2, 4, (2 * 2 + 4 * 0.5) / 1e6, 1)
+        assert server.bodies == [
+            {"model": "small", "messages": HELLO, "temperature": 1.0, "seed": 7, "max_tokens": 512}
+        ]
+        assert "authorization" not in server.wire.headers[0]
+
+
+async def test_temperature_length_and_key_are_sent() -> None:
+    with ChatServer(api_key=KEY) as server:
+        await ask(server.url, temperature=0.0, max_tokens=9, api_key=KEY)
+        assert server.bodies[0]["temperature"] == 0.0
+        assert server.bodies[0]["max_tokens"] == 9
+        assert "seed" not in server.bodies[0]
+        assert server.wire.headers[0]["authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/", "/v1/chat/completions"])
+async def test_ways_to_write_the_address(suffix: str) -> None:
+    with ChatServer() as server:
+        got = await ask(server.url.removesuffix("/v1") + suffix)
+    assert got.text == "Good."
+
+
+@pytest.mark.parametrize(
+    ("url", "cause"),
+    [
+        ("host:80", "'host:80' is not a web address"),
+        ("http://", "is not a web address"),
+        ("http://[::1", "is not a web address"),
+        ("http://host:port/v1", "is not a web address"),
+        ("ftp://host", "is not a web address"),
+        (f"http://me:{KEY}@host/v1", "the url has a user or password in it"),
+    ],
+)
+def test_addresses_that_cannot_be(url: str, cause: str) -> None:
+    with pytest.raises(UserError, match=re.escape(cause)) as failure:
+        ChatEndpoint(url, "small")
+    assert KEY not in str(failure.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(500, {"error": {"message": "down"}}),
+        Answer(503, "<html>busy</html>"),
+        Answer(429, {"error": {"message": "slow down"}}, {"Retry-After": "0"}),
+        Answer(408, None),
+        Answer(200, "no JSON"),
+        Answer(200, {"choices": []}),
+        Answer(200, {"choices": [{"message": {"content": ["parts"]}}]}),
+        Answer(200, [1]),
+    ],
+    ids=lambda answer: f"{answer.status}-{str(answer.body)[:12]}",
+)
+async def test_what_passes_is_tried_again(answer: Answer) -> None:
+    with ChatServer() as server:
+        server.answers = [answer, answer]
+        got = await ask(server.url, retries=2)
+        assert (got.text, got.attempts) == ("Good.", 3)
+        server.answers = [answer, answer]
+        with pytest.raises(InfrastructureError, match=r"\(2 attempts\)$") as failure:
+            await ask(server.url, retries=1)
+        assert server.url in str(failure.value)
+        assert failure.value.kind is None
+
+
+async def test_broken_connections_are_tried_again() -> None:
+    with ChatServer() as server:
+        server.knobs.drop_next = 2
+        assert (await ask(server.url, retries=2)).attempts == 3
+    with pytest.raises(InfrastructureError, match=r"Connect\w*.*\(3 attempts\)"):
+        await ask(server.url, retries=2)
+
+
+async def test_the_server_says_how_long_to_wait() -> None:
+    with ChatServer() as server:
+        server.answers = [Answer(429, {}, {"Retry-After": "0.3"})]
+        start = time.monotonic()
+        assert (await ask(server.url, retries=1)).attempts == 2
+    assert 0.3 <= time.monotonic() - start < 3
+    assert [_seconds(x) for x in (None, "", "2", "-1", "Wed, 21 Oct 2026")] == [
+        None, None, 2.0, 0.0, None,
+    ]  # fmt: skip
+
+
+async def test_waits_double_up_to_a_minute() -> None:
+    made = ChatEndpoint("http://host", "small", backoff_s=2.0)
+    for attempt, whole in ((1, 2), (2, 4), (5, 32), (6, 60), (40, 60)):
+        assert all(whole / 2 <= made._wait(attempt, None) <= whole for _ in range(20))
+    assert made._wait(1, 7.0) == 7.0
+    assert made._wait(1, 4000.0) == 60.0
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "step"),
+    [
+        (400, "context too long", "check the model and its limits"),
+        (401, f"Incorrect API key provided: {KEY}.", "Check the key in the variable"),
+        (403, "not yours", "Check the key in the variable"),
+        (404, "no such model", "Check the model's name, 'small'"),
+        (422, "bad field", "The server does not take this request"),
+    ],
+)
+async def test_refusals_are_the_users_and_show_no_key(status: int, said: str, step: str) -> None:
+    with ChatServer() as server:
+        server.answers = [Answer(status, {"error": {"message": said}})]
+        with pytest.raises(UserError) as failure:
+            await ask(server.url, api_key=KEY)
+        assert len(server.bodies) == 1
+    assert f"answered {status}: {said.replace(KEY, '***')}" in failure.value.cause
+    assert step in failure.value.next_step
+    assert KEY not in str(failure.value)
+
+
+async def test_a_missing_key_and_an_empty_account() -> None:
+    with ChatServer(api_key=KEY) as server:
+        with pytest.raises(UserError, match="answered 401") as failure:
+            await ask(server.url)
+        assert "api_key_env" in failure.value.next_step
+        spent = {"error": {"message": "no credit", "code": "insufficient_quota"}}
+        server.answers = [Answer(429, spent)]
+        with pytest.raises(UserError, match="no credit"):
+            await ask(server.url, api_key=KEY)
+        server.answers = [Answer(307, None, {"Location": "http://elsewhere"})]
+        with pytest.raises(UserError, match="answered 307"):
+            await ask(server.url, api_key=KEY)
+
+
+async def test_a_server_that_wants_the_other_name_of_the_length() -> None:
+    said = "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."
+    with ChatServer() as server:
+        server.answers = [Answer(400, {"error": {"message": said}})]
+        async with endpoint(server.url, max_tokens=5) as made:
+            assert (await made.chat(HELLO)).attempts == 1
+            await made.chat(HELLO, max_tokens=6)
+        lengths = [{k: v for k, v in b.items() if k.startswith("max_")} for b in server.bodies]
+    assert lengths == [
+        {"max_tokens": 5},
+        {"max_completion_tokens": 5},
+        {"max_completion_tokens": 6},
+    ]
+
+
+async def test_answers_that_say_little() -> None:
+    with ChatServer() as server:
+        server.answers = [Answer(200, {"choices": [{"message": {"content": None}}]})]
+        got = await ask(server.url, completion_price=1.0)
+    assert got == ChatReply("", "stop", None, None, None, 1)
+
+
+async def test_the_deadline_is_that_of_an_attempt() -> None:
+    with ChatServer() as server:
+        server.knobs.hang = True
+        start = time.monotonic()
+        with pytest.raises(InfrastructureError, match=r"no answer within 0.2 s \(2 attempts\)"):
+            await ask(server.url, timeout_s=0.2, retries=1)
+        assert 0.4 <= time.monotonic() - start < 5
+        server.knobs.hang = False
+
+
+async def test_no_more_requests_at_once_than_allowed() -> None:
+    with ChatServer() as server:
+        server.knobs.delay_s = 0.1
+        async with endpoint(server.url, max_concurrency=3) as made:
+            await asyncio.gather(*(made.chat(HELLO) for _ in range(7)))
+        assert server.wire.peak == 3
+
+
+async def test_a_chat_that_is_cancelled_hangs_up() -> None:
+    with ChatServer() as server:
+        server.knobs.delay_s = 30.0
+        async with endpoint(server.url, max_concurrency=1) as made:
+            with pytest.raises(TimeoutError):
+                async with asyncio.timeout(0.2):
+                    await made.chat(HELLO)
+            assert await asyncio.to_thread(server.cancelled.wait, 5)
+            server.knobs.delay_s = 0.0
+            assert (await made.chat(HELLO)).text == "Good."
+
+
+async def test_closing_ends_what_is_under_way() -> None:
+    with ChatServer() as server:
+        server.knobs.delay_s = 30.0
+        made = ChatEndpoint(server.url, "small", retries=5, backoff_s=0.001)
+        chat = asyncio.create_task(made.chat(HELLO))
+        await asyncio.to_thread(_until, lambda: server.bodies)
+        await made.close()
+        with pytest.raises(InfrastructureError):
+            async with asyncio.timeout(5):
+                await chat
+        with pytest.raises(InfrastructureError, match="closed"):
+            await made.chat(HELLO)
+        await made.close()
+
+
+def _until(true: Any) -> None:
+    end = time.monotonic() + 5
+    while not true() and time.monotonic() < end:
+        time.sleep(0.01)
+
+
+def test_one_endpoint_serves_several_event_loops() -> None:
+    with ChatServer() as server:
+        made = ChatEndpoint(server.url, "small")
+        assert [asyncio.run(made.chat(HELLO)).text for _ in range(2)] == ["Good."] * 2
+
+
+def test_the_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_KEY", f" {KEY}\n")
+    assert read_key("SOME_KEY", "here") == KEY
+    assert read_key(None, "here") is None
+    monkeypatch.delenv("SOME_KEY")
+    with pytest.raises(UserError, match="here: the environment variable SOME_KEY is not set"):
+        read_key("SOME_KEY", "here")
+    with pytest.raises(UserError, match="no key has") as failure:
+        ChatEndpoint("http://host", "small", api_key=f"{KEY} two")
+    assert KEY not in str(failure.value)
+
+
+async def test_it_speaks_to_a_model(tmp_path: Path) -> None:
+    tiny_qwen3(0).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with EngineServer(tmp_path) as server:
+        options = {"model": "policy", "max_tokens": 6}
+        first, again, other = [await ask(server.url, seed=s, **options) for s in (1, 1, 2)]
+    assert first == again and first.text != other.text
+    assert first.completion_tokens == 6 and first.finish_reason == "length"
