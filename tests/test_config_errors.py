@@ -97,7 +97,7 @@ def test_unknown_keys_at_every_depth(path: str, value: object, expected: str) ->
         ("environment", {**SMOLAGENT, "tool_format": {"type": "fence"}},
          "environment.tool_format.type: there is no 'fence'; did you mean 'fenced'?"),
         ("environment", {"type": "dialogue", "user": {}}, "environment.user.type is missing; one "
-         "of: scripted, model"),
+         "of: scripted, model, openai"),
         ("environment", 3, "environment: input should be a valid dictionary or object to extract "
          "fields from, got 3"),
         ("prompt_source.type", "lst", "prompt_source.type: there is no 'lst'; did you mean "
@@ -117,7 +117,8 @@ def test_discriminated_unions(path: str, value: object, expected: str) -> None:
         ("algorithm.hyperparameters.top_k", 5, "use top_k in evaluation.modes"),
         ("algorithm.name", "ppoo", "algorithm 'ppoo' is not built; there are: grpo, dr_grpo"),
         ("algorithm.backend", "verl", "backend 'verl' is not built; the one there is: torch"),
-        ("engine.type", "vllm", "engine.type: engine 'vllm' is not built"),
+        ("engine.type", "vlm", "engine.type: there is no 'vlm'; did you mean 'vllm'?"),
+        ("engine.type", "openai", "engine: openai gives text only"),
         ("sandbox.type", "docker", "sandbox.type: input should be 'auto', 'jail', "),
         ("distillation", {}, "section distillation is not built; remove it"),
         ("distillation", None, "section distillation is not built; remove it"),

@@ -15,6 +15,7 @@ from engine_servers.chat import ChatServer
 from engine_servers.wire import Answer
 from retrain.config import load_config
 from retrain.loops.build import build_environment
+from retrain.loops.check import check
 from retrain.rollout import EndpointUser, request_seed
 from retrain.types import InfrastructureError, Message, MessageType, Rollout, Task, UserError
 from runs import hyperparameters, rl_config, rollouts_of
@@ -160,3 +161,15 @@ def test_a_run_with_an_endpoint_user(
     assert KEY not in caplog.text
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and not [path for path in files if KEY.encode() in path.read_bytes()]
+
+
+def test_nobody_is_told_that_it_would_be_the_same_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("USERS_KEY", KEY)
+    with ChatServer(api_key=KEY) as server:
+        config = dialogue_run(tmp_path, server)
+        assert "not bit for bit: an endpoint plays the user" in check(load_config(config))
+        retrain.run_sync(config)
+    said = "an endpoint plays the user in rl: a resumed run is not the same bit for bit"
+    assert said in capsys.readouterr().out

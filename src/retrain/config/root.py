@@ -154,6 +154,22 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _adapter_to_serve(self) -> TrainingConfig:
+        engine = self.engine
+        if isinstance(engine, TorchEngineConfig):
+            return self
+        if engine.weights == "lora" and self.model.peft is None:
+            raise ValueError(
+                "engine.weights: lora needs an adapter, and the model has none; add model.peft, or "
+                "use weights: full"
+            )
+        if engine.untie_embeddings and self.model.peft is not None and engine.weights != "full":
+            raise ValueError(
+                "engine.untie_embeddings does nothing here: only an adapter is loaded; remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _rollouts_survive(self) -> TrainingConfig:
         least, settings = self.rollout.min_group_size, self.algorithm.hyperparameters
         if least is not None and least > settings.group_size:

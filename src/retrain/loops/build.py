@@ -146,6 +146,12 @@ def runs_code(config: TrainingConfig) -> bool:
     return any(takes_sandbox(resolve_reward(c.function or k, kind)) for kind, k, c in rewards)
 
 
+def asks_an_endpoint(config: TrainingConfig) -> bool:
+    """Whether an OpenAI-compatible endpoint plays the user, who is then never the same twice."""
+    section = config.environment
+    return isinstance(section, DialogueConfig) and section.user.type == "openai"
+
+
 def build_tools(config: TrainingConfig, sandbox: Sandbox) -> list[Tool]:
     environment = config.environment
     if not isinstance(environment, ToolEnvironmentConfig):

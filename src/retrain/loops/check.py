@@ -16,12 +16,14 @@ from retrain.config.root import READ_BY, StageKind, TrainingConfig
 from retrain.config.stages import SandboxConfig
 from retrain.data import load_tasks
 from retrain.loops.build import (
+    asks_an_endpoint,
     build_calculator,
     build_sandbox,
     build_tools,
     import_environment,
     runs_code,
 )
+from retrain.loops.engines import check_interpreter
 from retrain.loops.evaluate import held_out_tasks
 from retrain.loops.pipeline import overlapping
 from retrain.loops.sft import traces_and_steps
@@ -45,12 +47,33 @@ def check(config: TrainingConfig) -> str:
         f"model: {check_origin(config.model)}",
     ]
     stages = resolve_stages(config)
+    if any(kind != "sft" for _, kind, _ in stages):
+        lines += _engine(config)
     for number, (name, kind, stage) in enumerate(stages, 1):
         lines.append(f"stage {number}, {name} ({kind}):")
         lines += [f"  {line}" for line in _describe(kind, stage)]
     lines += [f"note: {line}" for line in _idle_sections(config, stages)]
-    lines.append(f"resuming: {_resuming(config, [kind for _, kind, _ in stages])}")
+    lines.append(f"resuming: {_resuming(config, stages)}")
     return "\n".join(lines)
+
+
+def _engine(config: TrainingConfig) -> Iterator[str]:
+    """Of servers: which, and what they are given. None is started or asked here.
+
+    Raises:
+        UserError: there is no such interpreter.
+    """
+    section = config.engine
+    if isinstance(section, TorchEngineConfig):
+        return
+    adapter = config.model.peft is not None and section.weights != "full"
+    given = "a LoRA adapter" if adapter else "full weights"
+    where = ", ".join(section.urls)
+    if section.python is not None:
+        check_interpreter(section.python)
+        servers = "server" if section.replicas == 1 else "servers"
+        where = f"{section.replicas} {servers} of {section.python}, started by the run"
+    yield f"engine: {section.type}, {where}; given {given} after each step"
 
 
 def _idle_sections(
@@ -68,19 +91,23 @@ def _idle_sections(
         yield "sandbox does nothing: neither a tool nor a reward runs code"
 
 
-def _resuming(config: TrainingConfig, kinds: Sequence[StageKind]) -> str:
+def _resuming(
+    config: TrainingConfig, stages: Sequence[tuple[str, StageKind, TrainingConfig]]
+) -> str:
     """Whether a run that is stopped and resumed ends with the bits of one that is not."""
     reasons = []
     if (device := choose_device(config.model.device)).type != "cpu":
         reasons.append(f"model.device is {device}")
     if config.model.torch_dtype != "float32":
         reasons.append(f"model.torch_dtype is {config.model.torch_dtype}")
-    generates = any(kind != "sft" for kind in kinds)
+    generates = any(kind != "sft" for _, kind, _ in stages)
     engine = config.engine
     exact = engine.deterministic if isinstance(engine, TorchEngineConfig) else False
     if generates and exact is False:
         why = "deterministic is false" if engine.type == "torch" else f"type is {engine.type}"
         reasons.append(f"engine.{why}")
+    if any(asks_an_endpoint(stage) for _, _, stage in stages):
+        reasons.append("an endpoint plays the user")
     reasons += [f"max_staleness is {n} in {name}" for name, n in overlapping(config).items()]
     if reasons:
         return f"goes on, but not bit for bit: {', '.join(reasons)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -95,22 +96,28 @@ def _build_server_engine(
     )
 
 
-def _source(section: ServerEngineConfig, config: TrainingConfig, policy: Policy) -> PolicySource:
-    has_adapter = config.model.peft is not None
-    if section.weights == "lora" and not has_adapter:
+def check_interpreter(python: str) -> None:
+    """
+    Raises:
+        UserError: there is no such program.
+    """
+    if shutil.which(Path(python).expanduser()) is None:
         raise UserError(
-            "engine.weights: lora needs an adapter, and the model has none",
-            "Add model.peft, or use weights: full.",
+            f"engine.python: there is no program {python}",
+            "Give the interpreter of an environment that has the server; docs/engines.md says how "
+            "to make one.",
         )
+
+
+def _source(section: ServerEngineConfig, config: TrainingConfig, policy: Policy) -> PolicySource:
     source = PolicySource(
         policy,
-        adapter=has_adapter and section.weights != "full",
+        adapter=config.model.peft is not None and section.weights != "full",
         untie=section.untie_embeddings,
     )
-    if section.untie_embeddings and (source.adapter or not source.tied):
+    if section.untie_embeddings and not source.tied:
         raise UserError(
-            "engine.untie_embeddings does nothing here: "
-            + ("only an adapter is loaded" if source.adapter else "the embeddings are not tied"),
+            "engine.untie_embeddings does nothing here: the embeddings are not tied",
             "Remove it.",
         )
     return source

@@ -13,7 +13,7 @@ from typing import Any
 from retrain.config.engine import TorchEngineConfig
 from retrain.config.load import dump_yaml, load_config, resolve_stages
 from retrain.config.root import StageKind, TrainingConfig
-from retrain.loops.build import build_sandbox, runs_code
+from retrain.loops.build import asks_an_endpoint, build_sandbox, runs_code
 from retrain.loops.context import RunContext
 from retrain.loops.engines import build_engine
 from retrain.loops.evaluate import EvalStage
@@ -103,7 +103,8 @@ async def run(
             closing.enter_context(directory.locked())
         if going_on is not None:
             going_on.clear_away(directory)
-        news = _news(going_on, deterministic, checked)
+        played = [name for name, _, stage in stages if asks_an_endpoint(stage)]
+        news = [*_news(going_on, deterministic, checked), *map(_unlike, played)]
         closing.enter_context(set_aside())
         await _execute(checked, context, prepared, directory, news)
     return RunResult(
@@ -135,6 +136,10 @@ def _news(
         yield f"rollouts overlap training in {stages}: a resumed run is not the same bit for bit"
     elif going_on is None and deterministic is False and not _asked_for_speed(config):
         yield "the engine is not deterministic here: a resumed run is not the same bit for bit"
+
+
+def _unlike(stage: str) -> str:
+    return f"an endpoint plays the user in {stage}: a resumed run is not the same bit for bit"
 
 
 def _asked_for_speed(config: TrainingConfig) -> bool:
