@@ -31,6 +31,10 @@ _SHOWN_CHARS = 300
 _KEY = re.compile(r"[!-~]+")
 """What may stand in a header."""
 
+_OF_THE_MESSAGES = (400, 413, 422)
+"""Of an endpoint that answered before they speak of what was said to it: too long, or filtered. The
+policy said it, so it is no mistake of the user's."""
+
 _PASSING = (408, 409, 425, 429)
 """The 4xx codes that speak of the moment, not of the request."""
 
@@ -106,6 +110,7 @@ class ChatEndpoint:
         self._length_key = "max_tokens"
         self._lines: dict[asyncio.AbstractEventLoop, _Line] = {}
         self._closed = False
+        self._answered = False
 
     async def chat(
         self,
@@ -123,7 +128,8 @@ class ChatEndpoint:
 
         Raises:
             UserError: the server refuses the request as such: the key, the model, the messages.
-            InfrastructureError: there is still no answer after the last retry.
+            InfrastructureError: there is still no answer after the last retry; or an endpoint that
+                answered before does not take these messages.
         """
         body = {
             "model": self._model,
@@ -181,6 +187,8 @@ class ChatEndpoint:
     def _refuse(self, status: int, headers: Mapping[str, str], text: str) -> None:
         said = f"answered {status}: {self._shown(_message(text))}"
         spent = status == 429 and "insufficient_quota" in text
+        if status in _OF_THE_MESSAGES and self._answered:
+            raise InfrastructureError(f"{self._named} {said}")
         if (status >= 500 or status in _PASSING) and not spent:
             raise _Later(said, _seconds(headers.get("retry-after")))
         if spent:
@@ -241,6 +249,7 @@ class ChatEndpoint:
             raise _Later(f"no chat completion: {self._shown(json.dumps(answer))}") from None
         if not isinstance(text, str | None) or not all(isinstance(n, int | None) for n in counts):
             raise _Later(f"no chat completion: {self._shown(json.dumps(answer))}")
+        self._answered = True
         prompt, completion = counts
         cost = None
         if prompt is not None and completion is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,6 +18,7 @@ from retrain.learner import NotFiniteError, TorchLearner, sft_loss
 from retrain.loops.build import build_learner, build_renderer, build_tools
 from retrain.loops.checkpoint import RunState, Training
 from retrain.loops.context import RunContext
+from retrain.loops.worker import Worker
 from retrain.rendering import Renderer, ToolSchema
 from retrain.rollout import to_samples
 from retrain.tools import tool_schema
@@ -55,6 +56,13 @@ class SFTStage:
         return cls(name, config, settings, traces, renderer, steps, tools)
 
     async def execute(self, context: RunContext) -> None:
+        thread = Worker()
+        try:
+            await self._train(context, thread)
+        finally:
+            thread.close()
+
+    async def _train(self, context: RunContext, thread: Worker) -> None:
         learner = build_learner(self.settings, context.policy, total_updates=self.steps)
         order = TraceSource(self.traces, shuffle=self.settings.shuffle, seed=self.config.seed)
         traces = Cursor(order, place="sft.dataset", noun="trace")
@@ -72,8 +80,7 @@ class SFTStage:
                 context.stop.check()
                 samples = next(batches)
             try:
-                totals = learner.forward_backward(samples, sft_loss)
-                metrics = learner.optim_step(samples)
+                totals, metrics = await thread.run(functools.partial(_update, learner, samples))
             except NotFiniteError as error:
                 raise context.write_down(error, self.name, step) from error
             context.weights_changed()
@@ -85,8 +92,8 @@ class SFTStage:
             context.log(self.name, step, metrics)
             state = self._stand(step, context, traces, learner)
             if state.finished or (every is not None and step % every == 0):
-                context.save_checkpoint(self.config, state, Training(learner))
-            await asyncio.sleep(0)
+                save = functools.partial(context.save_checkpoint, self.config, state)
+                await thread.run(functools.partial(save, Training(learner)))
 
     def _resume(
         self, context: RunContext, traces: Cursor[Trace], learner: TorchLearner
@@ -203,6 +210,14 @@ def check_calls(traces: Sequence[Trace], config: TrainingConfig) -> None:
                 f"{trace.place or trace.id}: it calls tools, but the environment has none",
                 "Set environment.type: smolagent, list its tools, and choose a tool_format.",
             )
+
+
+def _update(
+    learner: TorchLearner, samples: Sequence[Sample]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """One optimizer step; totals over the batch, and what the step reports."""
+    totals = learner.forward_backward(samples, sft_loss)
+    return totals, learner.optim_step(samples)
 
 
 class SFTTrainer:

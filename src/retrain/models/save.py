@@ -55,6 +55,7 @@ def save_policy(
         if critic is not None:
             (directory / CRITIC_FILE).parent.mkdir(exist_ok=True)
             save_file(trained(critic), directory / CRITIC_FILE)
+    _share(directory)
     return directory
 
 
@@ -66,6 +67,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """
     with _as_os_errors():
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+    _share(path.parent)
 
 
 @contextmanager
@@ -141,6 +143,26 @@ def load_critic(critic: nn.Module, directory: Path) -> None:
 def trained(module: nn.Module) -> dict[str, torch.Tensor]:
     """The parameters that train, by name."""
     return {n: p.detach().contiguous() for n, p in module.named_parameters() if p.requires_grad}
+
+
+def _share(root: Path) -> None:
+    """Let whoever may read the directory read its files: safetensors makes them the owner's."""
+    mode = root.stat().st_mode & 0o666
+    for path in root.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+def save_adapter(policy: Policy, directory: Path) -> None:
+    """Write the LoRA adapter alone.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    model: Any = policy.model
+    with _as_os_errors(), _without_progress_bars():
+        model.save_pretrained(directory)
+    _share(directory)
 
 
 def save_untied(model: nn.Module, directory: Path) -> None:

@@ -72,7 +72,6 @@ class Checkpoints:
                 shutil.rmtree(beside, ignore_errors=True)
                 beside.mkdir(parents=True)
                 fill(beside)
-                _share(beside)
                 durable.sync_tree(beside)
                 manifest = {
                     "format": FORMAT,
@@ -190,14 +189,6 @@ def _readable(path: Path) -> Checkpoint | None:
         return read_checkpoint(path)
     except UserError:
         return None
-
-
-def _share(root: Path) -> None:
-    """Let whoever may read the directory read its files: safetensors makes them the owner's."""
-    mode = root.stat().st_mode & 0o666
-    for path in root.rglob("*"):
-        if path.is_file():
-            path.chmod(mode)
 
 
 def _described(root: Path) -> Iterator[tuple[str, tuple[int, str]]]:

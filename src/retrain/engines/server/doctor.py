@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator
 
 from retrain.engines.base import SamplingParams
 from retrain.engines.server.dialect import CAPABILITIES, GENERATE, Ask, Dialect, Facts, Malformed
@@ -14,6 +16,8 @@ PROMPT = (3, 4, 5, 6)
 """Token ids that any vocabulary has."""
 
 GREEDY = SamplingParams(max_new_tokens=4, temperature=0.0)
+
+TRIED_S = 60.0
 
 _FAILURES = (Unreachable, Refused, Malformed)
 
@@ -29,7 +33,7 @@ async def report(url: str) -> str:
         met = await _meet(server)
         if met is None:
             return f"{url}: {await _why_not(server)}"
-        return "\n".join([*_describe(url, met[1]), *await _try(server, *met)])
+        return "\n".join([*_describe(url, met[1]), *[line async for line in _try(server, *met)]])
     finally:
         await server.close()
 
@@ -69,17 +73,19 @@ def _describe(url: str, facts: Facts) -> Iterator[str]:
         yield f"  {name}: {outcome}"
 
 
-async def _try(server: Server, dialect: Dialect, facts: Facts) -> Iterator[str]:
+async def _try(server: Server, dialect: Dialect, facts: Facts) -> AsyncIterator[str]:
     """Sample a few tokens, and have the server score what it sampled."""
-    lines = []
     try:
-        ask = Ask(facts.model, PROMPT, GREEDY, GREEDY.max_new_tokens, 0)
-        answer = await dialect.generate(server, ask)
-        lines.append(f"  tried: {len(answer.token_ids)} tokens sampled, with log-probabilities")
-        scored = await dialect.score(server, facts.model, [*PROMPT, *answer.token_ids])
-        pairs = zip(answer.logprobs, scored[len(PROMPT) :], strict=True)
-        gap = max(abs(a - b) for a, b in pairs)
-        lines.append(f"  its own scores of them differ by up to {gap:.1e} nats")
+        async with asyncio.timeout(TRIED_S):
+            ask = Ask(facts.model, PROMPT, GREEDY, GREEDY.max_new_tokens, 0)
+            answer = await dialect.generate(server, ask)
+            yield f"  tried: {len(answer.token_ids)} tokens sampled, with log-probabilities"
+            scored = await dialect.score(server, facts.model, [*PROMPT, *answer.token_ids])
+    except TimeoutError:
+        yield f"  tried: no answer within {TRIED_S:g} s; it may be paused, or hang"
     except _FAILURES as error:
-        lines.append(f"  tried: {error}")
-    return iter(lines)
+        yield f"  tried: {error}"
+    else:
+        pairs = zip(answer.logprobs, scored[len(PROMPT) :], strict=True)
+        gap = max((abs(a - b) for a, b in pairs), default=math.nan)
+        yield f"  its own scores of them differ by up to {gap:.1e} nats"

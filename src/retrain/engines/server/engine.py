@@ -41,6 +41,10 @@ MAX_ATTEMPTS = 5
 """At one request, each of which some server failed."""
 
 
+AGAIN_S = 0.1
+"""Before a request that a server ended by itself is sent again; it doubles each time."""
+
+
 class ServerEngine:
     """Samples from servers that are given the policy's weights version by version.
 
@@ -164,12 +168,12 @@ class ServerEngine:
 
     async def start(self, directory: Path) -> None:
         """Where logs, and weights on their way to the servers, are kept."""
-        self._directory = directory / "engine"
+        path = directory.resolve()  # servers may have another working directory
+        self._directory = path / "engine"
         root = self._directory / "weights"
         if self._weights_dir is not None:  # which other runs may share, of the same name too
-            path = directory.resolve()
             mark = hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
-            root = self._weights_dir / f"{path.name}-{mark}"
+            root = self._weights_dir.resolve() / f"{path.name}-{mark}"
         self._weights.put_in(root)
 
     async def generate(self, request: GenerateRequest) -> Completion:
@@ -189,11 +193,17 @@ class ServerEngine:
         limit = min(params.max_new_tokens, room)
         rule = self._rules.rule(params.stop, params.stop_token_ids)
         sampled = Sampled()
+        for_nothing = 0
         while True:
             version, answer = await self._ask(request, sampled.token_ids, limit)
             reason = sampled.extend(answer, version, rule)
             if reason != "aborted":
                 break
+            if not answer.token_ids and version == self.version:
+                for_nothing += 1
+                if for_nothing == MAX_ATTEMPTS:
+                    raise InfrastructureError(f"a server ended a request {for_nothing} times")
+                await asyncio.sleep(AGAIN_S * 2**for_nothing)
             if len(sampled.token_ids) >= limit:
                 reason = "length"
                 break
@@ -321,7 +331,8 @@ class ServerEngine:
             raise InfrastructureError("the engine is closed") from None
         finally:
             for task in tasks:
-                task.cancel()
+                if not task.cancelling():  # once is enough: it may be letting its server go on
+                    task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             self._at_work.difference_update(tasks)
 
@@ -366,11 +377,14 @@ class ServerEngine:
         replica = self._replicas[number]
         if replica.launcher is not None and (replica.gone or not replica.started):
             await self._sync.launch(replica, self._log(number))
-        async with self._updating:
+        while True:
             if replica.version != self._sync.version:
                 await self._sync.give(replica)
-            await self._sync.verify(replica)
-            self._router.set_ready(number, True)
+            async with self._updating:
+                if replica.version == self._sync.version:
+                    await self._sync.verify(replica)
+                    self._router.set_ready(number, True)
+                    return
 
     async def close(self) -> None:
         """End the servers that the run started; requests in flight fail."""

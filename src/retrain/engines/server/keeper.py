@@ -39,8 +39,8 @@ def main(command: list[str]) -> int:
             os.killpg(child.pid, number)
 
     def stop() -> None:
-        signal_all(signal.SIGTERM)
         signal_all(signal.SIGCONT)  # what is stopped would not hear of it
+        child.terminate()  # it ends its own workers, in the order that lets them clean up
         try:
             child.wait(GRACE_S)
         except subprocess.TimeoutExpired:

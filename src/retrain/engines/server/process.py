@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from retrain.types import UserError
 
 KEEPER = Path(__file__).with_name("keeper.py")
 
-SHOWN_LINES = 3
-"""Of a log, in an error."""
+SHOWN_LINES, SHOWN_CHARS = 2, 300
+"""Of the end of a log, and of a line of it, in an error."""
+
+_RAISED = re.compile(r"\b[A-Za-z_.]*(?:Error|Exception): .+")
 
 _NOT_INHERITED = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV")
 """They speak of the environment of this interpreter, not of the server's."""
@@ -44,12 +47,14 @@ class ServerProcess:
         self._command = list(command)
         self._variables = dict(variables)
         self.log = log
+        self._begun_at = 0
         self._keeper: asyncio.subprocess.Process | None = None
 
     async def start(self) -> None:
         """Start it; that it can be reached is for the caller to find out."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
+            self._begun_at = log.tell()
             self._keeper = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-I", str(KEEPER), *self._command),
                 stdin=subprocess.PIPE,
@@ -83,14 +88,20 @@ class ServerProcess:
                 keeper.kill()
             await keeper.wait()
 
-    def last_lines(self) -> str:
-        """The end of its log, for an error."""
+    def cause(self) -> str:
+        """What its log says of why it ended, for an error: the first exception since it was
+        started, which later ones follow from, and the last lines."""
         try:
-            text = self.log.read_text(encoding="utf-8", errors="replace")
+            with self.log.open("rb") as log:
+                log.seek(self._begun_at)
+                text = log.read().decode("utf-8", "replace")
         except OSError:
             return ""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        return " / ".join(lines[-SHOWN_LINES:])
+        raised = next((found[0] for line in lines if (found := _RAISED.search(line))), None)
+        shown = [raised] if raised is not None else []
+        shown += [line for line in lines[-SHOWN_LINES:] if raised is None or raised not in line]
+        return " / ".join(line[:SHOWN_CHARS] for line in shown)
 
 
 def environment(variables: Mapping[str, str]) -> dict[str, str]:

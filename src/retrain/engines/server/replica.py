@@ -79,17 +79,22 @@ class Launcher:
                     if not process.running:
                         raise NotStarted(
                             f"the {self.dialect.name} server did not start: "
-                            f"{process.last_lines() or 'it wrote nothing'}",
+                            f"{process.cause() or 'it wrote nothing'}",
                             f"Its log: {log}",
                         )
                     await asyncio.sleep(POLL_S)
+                if not process.running:  # somebody else's server has taken the port
+                    raise NotStarted(
+                        f"the {self.dialect.name} server did not start: {process.cause()}",
+                        f"Its log: {log}",
+                    )
         except BaseException as error:
             await server.close()
             await process.stop()
             if isinstance(error, TimeoutError):
                 raise NotStarted(
                     f"the {self.dialect.name} server was not well within "
-                    f"{self.start_timeout_s:g} s (engine.start_timeout_s): {process.last_lines()}",
+                    f"{self.start_timeout_s:g} s (engine.start_timeout_s): {process.cause()}",
                     f"Its log: {log}",
                 ) from None
             raise

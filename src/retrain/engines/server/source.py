@@ -12,7 +12,7 @@ import torch
 
 from retrain.models import Policy, save_policy
 from retrain.models.forward import unwrap
-from retrain.models.save import save_untied
+from retrain.models.save import save_adapter, save_untied
 from retrain.models.scores import selected_logprobs
 
 _ADVICE = (
@@ -56,7 +56,7 @@ class PolicySource:
     def write(self, directory: Path) -> None:
         model: Any = self._policy.model
         if self.adapter:
-            model.save_pretrained(directory)
+            save_adapter(self._policy, directory)
             return
         save_policy(self._policy, directory, merge_lora=hasattr(model, "merge_and_unload"))
         if self._untie and self.tied:
@@ -64,12 +64,10 @@ class PolicySource:
 
     def write_base(self, directory: Path) -> Path | str:
         base = self._policy.base
-        if base is not None:
-            local = Path(base).expanduser()
-            return local.resolve() if local.exists() else base
-        if not directory.exists():
-            model: Any = copy.deepcopy(self._policy.model)
-            save_policy(Policy(model.unload(), self._policy.tokenizer), directory)
+        if base is not None and (local := Path(base).expanduser()).exists():
+            return local.resolve()
+        model: Any = copy.deepcopy(self._policy.model)
+        save_policy(Policy(model.unload(), self._policy.tokenizer), directory)
         return directory
 
     @torch.no_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from retrain.engines.server.dialect import Malformed, healthy
@@ -17,6 +18,9 @@ logger = logging.getLogger(__name__)
 LOOK_EVERY_S = 5.0
 MISSES = 3
 """Signs of life that a server misses in a row before it counts as hanging."""
+
+LATE_S = 1.0
+"""An answer that is later than its time limit by more than this was not read in time."""
 
 BACKOFF_S = 1.0
 LONGEST_WAIT_S = 30.0
@@ -93,7 +97,11 @@ class Supervisor:
             if replica.loading and not replica.gone:
                 continue
             if not replica.gone and replica.started:
-                if await healthy(replica.server, self._health_timeout_s):
+                asked = time.monotonic()
+                well = await healthy(replica.server, self._health_timeout_s)
+                if not well and time.monotonic() - asked > self._health_timeout_s + LATE_S:
+                    continue  # this process was busy: that says nothing of the server
+                if well:
                     misses = 0
                     if suspected or replica.version is None:
                         await self._restore(number)
@@ -125,7 +133,9 @@ class Supervisor:
         """Bring a replica up, or count that it could not be."""
         replica = self._replicas[number]
         self._router.set_ready(number, False)
-        replica.failures += 1
+        came_back = replica.version is None
+        if came_back:  # a request that failed at a server that is well counts against the request
+            replica.failures += 1
         if replica.failures > self._max_restarts:
             times = "once" if replica.failures == 1 else f"{replica.failures} times in a row"
             cause = InfrastructureError(
@@ -135,9 +145,8 @@ class Supervisor:
             await self._give_up(number, cause)
             return
         await asyncio.sleep(
-            min(BACKOFF_S * 2 ** (replica.failures - 1) - BACKOFF_S, LONGEST_WAIT_S)
+            min(BACKOFF_S * 2 ** max(replica.failures - 1, 0) - BACKOFF_S, LONGEST_WAIT_S)
         )
-        came_back = replica.version is None
         replica.suspected.clear()  # of what is looked into now
         try:
             await self._bring_up(number)

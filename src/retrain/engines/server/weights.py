@@ -96,6 +96,7 @@ class Weights:
         self._root: Path | None = None
         self._written: list[Version] = []
         self._held: list[Path] = []
+        self._base: Path | str | None = None
         self._writing = threading.Lock()
 
     def fit(self, context_limit: int) -> None:
@@ -148,9 +149,12 @@ class Weights:
             self._held.remove(version.path)
 
     def base(self) -> Path | str:
-        """What servers are started with below an adapter."""
+        """What servers are started with below an adapter; written once."""
         assert self._root is not None
-        return self.source.write_base(self._root / "base")
+        with self._writing:
+            if self._base is None:
+                self._base = self.source.write_base(self._root / "base")
+        return self._base
 
     def expect(self, sampled: Sequence[int]) -> tuple[Expected, Expected]:
         """What the policy gives for the probe's prompt and what a server made of it: at the probe's
