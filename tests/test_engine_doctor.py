@@ -41,22 +41,37 @@ def test_a_server_that_can_do_everything(directory: Path, kind: Any) -> None:
     assert lines[0].startswith(f"{server.url}: {kind} 0.")
     assert f"context limit: {server.backend.context_limit} tokens" in lines[1]
     assert lines[2:6] == [f"  {name}: yes" for name in CAN]
-    assert lines[6] == "  tried: 4 tokens sampled, with log-probabilities"
-    assert float(lines[7].split()[-2]) < 1e-4
+    assert float(lines[6].split()[-2]) < 1e-4 and "tried: its own scores" in lines[6]
+    assert lines[7:] == ["  log-probabilities after temperature: yes", "  can be an engine"]
+
+
+def test_log_probabilities_before_temperature_are_found_out(directory: Path) -> None:
+    with EngineServer(directory, "vllm", logprobs_mode="raw_logprobs") as server:
+        said = doctor(server.url, code=1)
+    assert "after temperature: no: start vLLM with --logprobs-mode processed_logprobs" in said
+    assert said.rstrip().endswith("cannot be an engine as it is")
 
 
 def test_what_is_missing_comes_with_how_to_get_it(directory: Path) -> None:
     with EngineServer(directory, "vllm", environment={}) as server:
-        said = doctor(server.url)
+        said = doctor(server.url, code=1)
     assert f"{CAN[0]}: yes" in said
     for name in CAN[1:]:
         line = next(line for line in said.splitlines() if name in line)
         assert ": no: start it with " in line and "VLLM_SERVER_DEV_MODE=1" in line
 
 
+def test_adapters_need_more_than_their_path(directory: Path) -> None:
+    """Which is served without --enable-lora too."""
+    with EngineServer(directory, "vllm", lora_rank=0) as server:
+        said = doctor(server.url)
+    assert "LoRA adapters while it runs: no: start it with --enable-lora" in said
+    assert "dtype: float32" in said and said.rstrip().endswith("can be an engine")
+
+
 def test_a_server_that_gives_no_token_ids(directory: Path) -> None:
     with EngineServer(directory, "vllm", drop_field="token_ids") as server:
-        assert "gave no token ids with a log-probability each" in doctor(server.url)
+        assert "gave no token ids with a log-probability each" in doctor(server.url, code=1)
 
 
 class _Hello(BaseHTTPRequestHandler):
@@ -82,6 +97,6 @@ def stranger() -> Iterator[str]:
 
 
 def test_other_servers_none_and_no_address(stranger: str) -> None:
-    assert "neither as vLLM nor as SGLang" in doctor(stranger)
-    assert "cannot be reached" in doctor("http://127.0.0.1:9")
+    assert "neither as vLLM nor as SGLang" in doctor(stranger, code=1)
+    assert "cannot be reached" in doctor("http://127.0.0.1:9", code=1)
     assert "is not a web address" in doctor("127.0.0.1:9", code=2)

@@ -154,6 +154,20 @@ async def test_refusals_are_the_users_and_show_no_key(status: int, said: str, st
     assert KEY not in str(failure.value)
 
 
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_what_an_endpoint_that_answered_does_not_take_is_no_mistake_of_the_users(
+    status: int,
+) -> None:
+    """The policy said it: too much, or what a filter holds back."""
+    with ChatServer() as server:
+        async with endpoint(server.url) as made:
+            await made.chat(HELLO)
+            server.answers = [Answer(status, {"error": {"message": "content_filter"}})]
+            with pytest.raises(InfrastructureError, match="content_filter"):
+                await made.chat(HELLO)
+            await made.chat(HELLO)
+
+
 async def test_a_missing_key_and_an_empty_account() -> None:
     with ChatServer(api_key=KEY) as server:
         with pytest.raises(UserError, match="answered 401") as failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retrain
+from retrain.learner import TorchLearner
 from retrain.loops.sft import SFTTrainer
 from retrain.types import MessageType, Source, UserError
 from runs import (
@@ -272,3 +274,17 @@ def test_an_evaluation_groups_by_a_column_that_is_there() -> None:
         check_groups(tasks, EvaluationConfig(prompt_source=source, group_by="form"))
     with pytest.raises(UserError, match="no task has kind = 'z'"):
         check_groups(tasks, EvaluationConfig(prompt_source=source, group_by="kind", exclude=["z"]))
+
+
+def test_sft_leaves_the_event_loop_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever watches servers has to be heard meanwhile."""
+    threads = set()
+    forward_backward = TorchLearner.forward_backward
+
+    def heard(self: TorchLearner, *args: Any, **how: Any) -> dict[str, float]:
+        threads.add(threading.current_thread())
+        return forward_backward(self, *args, **how)
+
+    monkeypatch.setattr(TorchLearner, "forward_backward", heard)
+    retrain.run_sync(rl_config(tmp_path, sft=sft_section(steps=2)), only="sft")
+    assert len(threads) == 1 and threading.main_thread() not in threads

@@ -316,3 +316,10 @@ def test_monitors_of_groups_are_off_where_groups_are_not_compared() -> None:
         assert found.keys() == MonitorsConfig.model_fields.keys()
         for monitor in ("zero_variance", "flat_reward_steps"):
             assert (found[monitor] is None) == off
+
+
+def test_the_gap_is_not_watched_where_it_holds_what_was_learnt_since() -> None:
+    for staleness, off in ((0, False), (1, True)):
+        hyper = {"max_staleness": staleness, "correction": {"kind": "tis"}}
+        config = {"model": {"name_or_path": "x"}, "algorithm": {"hyperparameters": hyper}}
+        assert (thresholds(TrainingConfig.model_validate(config))["logprob_gap"] is None) == off

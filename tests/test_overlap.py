@@ -319,3 +319,9 @@ def test_a_stage_may_overlap_that_the_others_do_not() -> None:
     stages = [{"kind": "rl", "name": "a"}, {"kind": "rl", "algorithm": ahead}]
     assert overlapping(load_config(with_hyper() | {"stages": stages})) == {"stages.1": 1}
     assert overlapping(load_config(with_hyper() | {"stages": stages[:1]})) == {}
+
+
+def test_a_number_in_quotes_is_a_number_in_a_stage_too() -> None:
+    hyper = {"max_staleness": "1", "correction": {"kind": "tis"}}
+    stage = {"kind": "rl", "name": "late", "algorithm": {"hyperparameters": hyper}}
+    assert overlapping(load_config(rl_config(Path("runs"), stages=[stage]))) == {"late": 1}

@@ -46,7 +46,7 @@ def check_whole(path: Path, steps: int, per_step: int) -> None:
 
 @pytest.mark.parametrize("peft", [None, {"r": 4}], ids=["full", "lora"])
 def test_a_run_is_that_of_the_engine_in_the_process(
-    tmp_path: Path, peft: dict[str, Any] | None
+    tmp_path: Path, peft: dict[str, Any] | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """vLLM's test server draws with the engine's own numbers: only the last bits may differ."""
     model = model_section() | ({"peft": peft} if peft else {})
@@ -68,6 +68,8 @@ def test_a_run_is_that_of_the_engine_in_the_process(
     assert all(row["logprob_gap/max"] < 1e-4 for row in rows)
     losses = [row["loss"] for row in metrics_of(expected.path)]
     assert [row["loss"] for row in rows] == pytest.approx(losses, rel=1e-3, abs=1e-5)
+    said = capsys.readouterr().out
+    assert f"starting vllm; its log: {result.path.resolve() / 'engine' / 'vllm-0.log'}" in said
     assert "vllm serves" in (result.path / "engine" / "vllm-0.log").read_text()
     assert not (result.path / "engine" / "weights").exists()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from engine_servers.launch import FAKE
 from engine_servers.server import EngineServer
 from retrain.engines.server.dialect import ADAPTER
 from retrain.engines.server.source import PolicySource
+from retrain.engines.server.weights import Weights
 from retrain.types import InfrastructureError, UserError
 from serving import (
     PROMPT,
@@ -110,6 +113,7 @@ async def test_weights_dir_is_where_they_are_left_and_may_be_shared(
 ) -> None:
     """By two runs of one name: neither removes what is the other's."""
     place = tmp_path / "memory"
+    place.mkdir()
     with ExitStack() as stack:
         one, two = (stack.enter_context(running(directory)) for _ in range(2))
         section = {"weights_dir": str(place)}
@@ -120,6 +124,49 @@ async def test_weights_dir_is_where_they_are_left_and_may_be_shared(
             path = one.asked("/collective_rpc")[0]["kwargs"]["weights_path"]
             assert Path(path).is_relative_to(place)
         assert list(place.iterdir()) == []
+
+
+async def test_weights_dir_has_to_be_there(directory: Path, tmp_path: Path) -> None:
+    with running(directory) as server, pytest.raises(UserError, match="there is no directory"):
+        await start(tmp_path, **over(server, weights_dir=str(tmp_path / "tpyo")))
+    assert not (tmp_path / "tpyo").exists()
+
+
+@pytest.mark.parametrize("lora", [False, True])
+async def test_others_can_find_and_read_the_weights(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lora: bool
+) -> None:
+    """Servers in another working directory, and of another user."""
+    monkeypatch.chdir(tmp_path)
+    policy = tiny_policy(lora=lora)
+    with running(saved(policy, tmp_path / "base") if lora else directory) as server:
+        async with serving(policy, Path("run"), **over(server)):
+            path, key = (
+                ("/v1/load_lora_adapter", "lora_path") if lora else ("/collective_rpc", "kwargs")
+            )
+            given = server.asked(path)[0][key]
+            where = Path(given if lora else given["weights_path"])
+            assert where.is_absolute() and where.is_relative_to(tmp_path)
+            mode = where.stat().st_mode & 0o666
+            files = [file for file in where.rglob("*") if file.is_file()]
+            assert files and {file.stat().st_mode & 0o777 for file in files} == {mode}
+
+
+def test_the_base_of_an_adapter_is_written_once(tmp_path: Path) -> None:
+    """However many servers start at the same time."""
+    weights = Weights(PolicySource(tiny_policy(lora=True), adapter=True), 300, 64)
+    weights.put_in(tmp_path / "weights")
+    written: list[Path] = []
+
+    def slowly(directory: Path) -> Path:
+        written.append(directory)
+        time.sleep(0.05)
+        return directory
+
+    weights.source.write_base = slowly  # type: ignore[method-assign]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: weights.base(), range(4)))
+    assert len(written) == 1 and set(found) == set(written)
 
 
 async def test_a_full_disk_is_said(
@@ -299,7 +346,7 @@ async def test_prepare_refuses_what_is_no_such_server(directory: Path) -> None:
     with pytest.raises(UserError, match=r"no vllm server that can be used: .*ConnectError"):
         await engine.prepare()
     await engine.close()
-    with pytest.raises(UserError, match=r"engine\.urls: 'localhost:8000' is not a web address"):
+    with pytest.raises(UserError, match=r"urls: 'localhost:8000' is not a web address"):
         engine_over(tiny_policy(), type="vllm", urls=["localhost:8000"])
 
 

@@ -145,7 +145,13 @@ def test_a_section_that_contradicts_itself_is_refused() -> None:
     for kind in KINDS:
         assert "set python" in refused(type=kind)
         assert "not both" in refused(type=kind, python=python, urls=[url])
-        assert "urls has one server twice" in refused(type=kind, urls=[url, url])
+        assert "urls has one server twice" in refused(type=kind, urls=[url, f"{url}/v1"])
+        assert "is not a web address" in refused(type=kind, urls=["127.0.0.1:1"])
+        visible = {"CUDA_VISIBLE_DEVICES": "0"}
+        both = refused(type=kind, python=python, devices=["1"], env=visible)
+        assert "CUDA_VISIBLE_DEVICES does nothing beside devices" in both
+        for flag in ("--port", "--host=0.0.0.0", "--logprobs-mode", "--max_model_len"):
+            assert "is set by the run" in refused(type=kind, python=python, args=[flag, "1"])
         for key, value in (
             ("replicas", 2),
             ("devices", ["0"]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from array import array
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ import pytest
 
 from engine_servers.launch import free_port
 from engine_servers.server import EngineServer
+from retrain.engines.server.dialect import Answer, Ask
+from retrain.engines.server.http import Refused
 from retrain.engines.server.sync import Sync
+from retrain.engines.server.vllm import VLLM
 from retrain.types import InfrastructureError, UserError
 from serving import (
     PROMPT,
@@ -93,11 +97,50 @@ async def test_a_server_that_always_fails_is_given_up(
 async def test_max_restarts_0_gives_up_at_once(directory: Path, tmp_path: Path) -> None:
     with several(directory, 1) as (server,):
         async with serving(tiny_policy(), tmp_path, **over(server, max_restarts=0)) as engine:
-            server.knobs.fail_next = 1
+            server.knobs.fail_next = 2  # the request, and the probe that follows it
             with pytest.raises(
                 InfrastructureError, match=r"failed once \(engine\.max_restarts 0\)"
             ):
                 await engine.generate(request())
+
+
+async def test_a_request_that_always_fails_costs_no_server(
+    directory: Path, tmp_path: Path, at_once: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt is to blame: others are answered, however many such requests there are."""
+    generate = VLLM.generate
+
+    async def poisoned(self: VLLM, server: Any, ask: Ask) -> Answer:
+        if ask.token_ids[0] == 13:
+            raise Refused(server.url, 500, "no number")
+        return await generate(self, server, ask)
+
+    with several(directory, 1) as (server,):
+        async with serving(tiny_policy(), tmp_path, **over(server, max_restarts=1)) as engine:
+            monkeypatch.setattr(VLLM, "generate", poisoned)
+            for _ in range(3):
+                with pytest.raises(InfrastructureError, match=r"no number \(5 attempts\)"):
+                    await engine.generate(request([13, *PROMPT]))
+                await engine.generate(request())
+            assert engine.restarts == 0
+
+
+async def test_a_server_that_ends_requests_by_itself_is_not_asked_for_ever(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Ask] = []
+
+    async def nothing(self: VLLM, server: Any, ask: Ask) -> Answer:
+        asked.append(ask)
+        return Answer(array("i"), array("f"), "aborted")
+
+    monkeypatch.setattr("retrain.engines.server.engine.AGAIN_S", 0.001)
+    with several(directory, 1) as (server,):
+        async with serving(tiny_policy(), tmp_path, **over(server)) as engine:
+            monkeypatch.setattr(VLLM, "generate", nothing)
+            with pytest.raises(InfrastructureError, match="ended a request 5 times"):
+                await engine.generate(request())
+    assert len(asked) == 5
 
 
 async def test_failures_with_answers_in_between_are_forgiven(

@@ -174,7 +174,10 @@ def doctor(
         if engine is not None:
             from retrain.engines.server.doctor import report as report_engine
 
-            typer.echo(asyncio.run(report_engine(engine)))
+            said, good = asyncio.run(report_engine(engine))
+            typer.echo(said)
+            if not good:
+                raise typer.Exit(FAILURE)
             return
         from retrain.sandbox.doctor import report
 

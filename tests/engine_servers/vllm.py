@@ -288,7 +288,9 @@ class VLLM(Dialect):
                 "model": str(self.backend.directory),
                 "max_model_len": self.backend.context_limit,
                 "logprobs_mode": self.logprobs_mode,
-            }
+                "dtype": "torch.float32",
+            },
+            "lora_config": {"max_lora_rank": rank} if (rank := self.backend.lora_rank) else None,
         }
         if call.query.get("config_format", "text") == "text":
             config = str(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -56,8 +57,9 @@ class ServerEngineConfig(Section):
     """What servers are given after each step: the whole model (a LoRA adapter merged into it), or
     the adapter alone, loaded beside the base model. `auto`: the adapter where there is one."""
     weights_dir: str | None = None
-    """Where weights are left for servers to read: a path that they see too, best in memory
-    (/dev/shm). By default in the run directory. They are removed at the end."""
+    """Where weights are left for servers to read: a directory that they see too, best in memory
+    (/dev/shm), with room for three versions. By default in the run directory. They are removed
+    at the end."""
     untie_embeddings: bool | None = None
     """Give servers a model with tied embeddings as an untied one, which costs them the memory of
     the output layer. vLLM on a CPU needs it: it would keep its old output layer. Null does so where
@@ -97,14 +99,40 @@ class ServerEngineConfig(Section):
                 f"{' and '.join(idle)}: nothing to act on, since the servers of urls are not "
                 "started by the run; remove it"
             )
-        if len(set(self.urls)) < len(self.urls):
+        for url in self.urls:
+            if urlsplit(url).scheme not in ("http", "https"):
+                raise ValueError(f"urls: {url!r} is not a web address; write http://host:port")
+        if len({url.rstrip("/").removesuffix("/v1") for url in self.urls}) < len(self.urls):
             raise ValueError("urls has one server twice")
         if self.devices and len(self.devices) != self.replicas:
             raise ValueError(
                 f"devices has {len(self.devices)} entries for {self.replicas} replicas; give one "
                 "for each"
             )
+        if self.devices and "CUDA_VISIBLE_DEVICES" in self.env:
+            raise ValueError("env.CUDA_VISIBLE_DEVICES does nothing beside devices; remove one")
         return self
+
+    @model_validator(mode="after")
+    def _arguments_of_its_own(self) -> ServerEngineConfig:
+        for argument in self.args:
+            flag = argument.partition("=")[0].replace("_", "-")
+            if (why := _SET_BY_THE_RUN.get(flag)) is not None:
+                raise ValueError(f"args: {flag} is set by the run{why}; remove it")
+        return self
+
+
+_SET_BY_THE_RUN = {
+    "--host": ": a server that lets its weights be changed listens on this machine only",
+    "--port": "",
+    "--model": "",
+    "--model-path": "",
+    "--served-model-name": "",
+    "--max-model-len": " (engine.context_limit)",
+    "--context-length": " (engine.context_limit)",
+    "--logprobs-mode": ": training needs log-probabilities after temperature",
+}
+"""Arguments of servers that cannot be given, and why."""
 
 
 class VLLMEngineConfig(ServerEngineConfig):

@@ -87,6 +87,10 @@ def _clips(config: TrainingConfig) -> bool:
     return _has_ratio(config) and config.algorithm.hyperparameters.loss in CLIPPED_LOSSES
 
 
+def _on_policy(config: TrainingConfig) -> bool:
+    return config.algorithm.hyperparameters.max_staleness == 0
+
+
 def _compares_groups(config: TrainingConfig) -> bool:
     return config.algorithm.hyperparameters.advantage not in TOKEN_ADVANTAGES
 
@@ -102,6 +106,7 @@ _NEEDS: dict[str, tuple[str, Callable[[TrainingConfig], bool]]] = {
     "ratio": (_UPDATES, _has_ratio),
     "approx_kl": (_UPDATES, _has_ratio),
     "clip_fraction": (f"{_UPDATES} and a loss that clips", _clips),
+    "logprob_gap": ("algorithm.hyperparameters.max_staleness: 0", _on_policy),
     "kl": ("algorithm.hyperparameters.kl", _has_reference),
     "tool_calls": (_TOOLS, _has_tools),
     "tool_failures": (_TOOLS, _has_tools),

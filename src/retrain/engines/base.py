@@ -117,8 +117,9 @@ class PolicyEngine(Engine, Protocol):
         """
         ...
 
-    async def start(self, directory: Path) -> None:
-        """The run begins; what the engine leaves behind goes into `directory`."""
+    async def start(self, directory: Path) -> str | None:
+        """The run begins; what the engine leaves behind goes into `directory`. What to tell the
+        user of what the first `update_weights` will take long for, if it will."""
         ...
 
     async def update_weights(self, version: int) -> None:

@@ -141,8 +141,9 @@ class TorchEngine:
         self._prepared = True
         return exact
 
-    async def start(self, directory: Path) -> None:
-        """Nothing: the engine leaves nothing behind."""
+    async def start(self, directory: Path) -> str | None:
+        """Nothing: the engine leaves nothing behind, and is there at once."""
+        return None
 
     @property
     def most_sessions(self) -> int | None:

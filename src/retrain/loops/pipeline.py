@@ -9,7 +9,6 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from retrain.config.load import resolve_stages
 from retrain.config.root import TrainingConfig
 from retrain.data import Cursor
 from retrain.types import Rollout, Task, UserError
@@ -158,5 +157,12 @@ def seconds_under_way(groups: Sequence[SampledGroup]) -> float:
 
 def overlapping(config: TrainingConfig) -> dict[str, int]:
     """`max_staleness` of the stages of RL that sample while they learn, by what names them."""
-    stages = {n: s.algorithm.hyperparameters for n, k, s in resolve_stages(config) if k == "rl"}
-    return {name: s.max_staleness for name, s in stages.items() if s.max_staleness > 0}
+    usual = config.algorithm.hyperparameters.max_staleness
+    found = {"rl": usual}
+    if config.stages is not None:
+        found = {}
+        for number, stage in enumerate(config.stages):
+            if stage.kind == "rl":
+                given = stage.algorithm.get("hyperparameters") or {}
+                found[stage.name or f"stages.{number}"] = int(given.get("max_staleness", usual))
+    return {name: steps for name, steps in found.items() if steps > 0}

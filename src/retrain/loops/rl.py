@@ -317,8 +317,12 @@ class _Sampled:
 
 
 def thresholds(config: TrainingConfig) -> dict[str, float | None]:
-    """Of the monitors; those of groups without variance are off where such groups teach too."""
+    """Of the monitors; those of groups without variance are off where such groups teach too, and so
+    is that of the gap between engine and learner where it holds what the policy has learnt since.
+    """
     given: dict[str, float | None] = config.monitors.model_dump()
+    if config.algorithm.hyperparameters.max_staleness > 0:
+        given |= {"logprob_gap": None}
     if config.algorithm.hyperparameters.advantage in TOKEN_ADVANTAGES:
         given |= {"zero_variance": None, "flat_reward_steps": None}
     return given

@@ -172,8 +172,10 @@ async def _execute(
         context.begin(directory, progress, stop)
         directory.describe(status="running")
         try:
-            await context.engine.start(directory.path)
+            starting = await context.engine.start(directory.path)
             if any(not isinstance(stage, SFTStage) for stage in stages):
+                if starting is not None:
+                    progress.line(starting)
                 await stop.watch(context.bring_weights())
             for stage in stages:
                 await stage.execute(context)

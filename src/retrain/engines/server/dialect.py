@@ -66,6 +66,8 @@ class Facts:
     model: str
     """The name to ask for."""
     context_limit: int | None
+    dtype: str | None
+    """None where the server does not say."""
     can: Mapping[str, bool]
     """Capabilities by name."""
     advice: Mapping[str, str] = field(default_factory=dict)

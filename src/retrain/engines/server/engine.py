@@ -166,15 +166,27 @@ class ServerEngine:
             self._sync.context_limit = min(self._sync.context_limit, facts.context_limit)
             self._weights.fit(self._sync.context_limit)
 
-    async def start(self, directory: Path) -> None:
-        """Where logs, and weights on their way to the servers, are kept."""
+    async def start(self, directory: Path) -> str | None:
+        """Where logs, and weights on their way to the servers, are kept.
+
+        Raises:
+            UserError: the directory for weights does not exist.
+        """
         path = directory.resolve()  # servers may have another working directory
         self._directory = path / "engine"
         root = self._directory / "weights"
         if self._weights_dir is not None:  # which other runs may share, of the same name too
             mark = hashlib.blake2b(str(path).encode(), digest_size=4).hexdigest()
             root = self._weights_dir.resolve() / f"{path.name}-{mark}"
+            if not self._weights_dir.is_dir():
+                raise UserError(
+                    f"engine.weights_dir: there is no directory {self._weights_dir}",
+                    "Make it, or leave the key out.",
+                )
         self._weights.put_in(root)
+        if any(replica.launcher is not None for replica in self._replicas):
+            return f"starting {self._dialect.name}; its log: {self._log(0)}"
+        return None
 
     async def generate(self, request: GenerateRequest) -> Completion:
         """Sample one continuation; see `Engine.generate`.

@@ -62,6 +62,7 @@ class SGLang:
             version=str(about.get("version", "unknown")),
             model=str(model.get("model_path", "unknown")),
             context_limit=limit if isinstance(limit, int) else None,
+            dtype=str(about["dtype"]) if "dtype" in about else None,
             can={
                 GENERATE: "/generate" in paths,
                 INTERRUPT: {"/pause_generation", "/continue_generation"} <= paths,

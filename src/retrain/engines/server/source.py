@@ -15,12 +15,13 @@ from retrain.models.forward import unwrap
 from retrain.models.save import save_adapter, save_untied
 from retrain.models.scores import selected_logprobs
 
-_ADVICE = (
-    "It may have kept earlier weights, run another model or another dtype, or give "
-    "log-probabilities before temperature (vLLM wants --logprobs-mode processed_logprobs)."
+_AT_FIRST = (
+    "It may run in another dtype than model.torch_dtype (give it --dtype), run another model, or "
+    "give log-probabilities before temperature (vLLM wants --logprobs-mode processed_logprobs)."
 )
+_LATER = "It may have kept earlier weights."
 _TIED = (
-    " This model ties its embeddings: vLLM on a CPU then keeps its old output layer; set "
+    " This model ties its embeddings: vLLM on a CPU keeps its old output layer; set "
     "engine.untie_embeddings: true, and let the run start the server, or start it from an untied "
     "copy of the model."
 )
@@ -44,9 +45,9 @@ class PolicySource:
         if self._untie is None:
             self._untie = True
 
-    @property
-    def advice(self) -> str:
-        return _ADVICE + (_TIED if self.tied and not (self._untie or self.adapter) else "")
+    def advice(self, first: bool) -> str:
+        tied = self.tied and not (self._untie or self.adapter)
+        return (_AT_FIRST if first else _LATER) + (_TIED if tied else "")
 
     @property
     def tied(self) -> bool:

@@ -71,6 +71,11 @@ class Sync:
             else:
                 replica.version = newest.number
 
+    @property
+    def _first(self) -> bool:
+        """Whether no server has shown yet that it serves the policy."""
+        return self._weights.expected is None
+
     async def give(self, replica: Replica) -> None:
         """Interrupt a server, have it load the newest weights, and let it go on."""
         newest = self._weights.newest
@@ -132,7 +137,7 @@ class Sync:
                 f"{replica.name} does not serve version {self.version} of the policy: on a probe "
                 f"its log-probabilities differ by up to {gap:.2g} nats (engine.probe_tolerance "
                 f"{self._tolerance:g})",
-                self._weights.source.advice,
+                self._weights.source.advice(self._first),
             )
 
 

@@ -67,17 +67,19 @@ class VLLM:
         listed = await server.get("/v1/models", PROBE_S)
         model = _first_model(server, listed)
         about = await server.get("/version", PROBE_S)
+        config = await _config(server, paths)
         return Facts(
             server=self.name,
             version=str(about.get("version", "unknown")) if isinstance(about, dict) else "unknown",
             model=str(model["id"]),
             context_limit=model.get("max_model_len"),
+            dtype=_part(config, "model_config", "dtype"),
             can={
                 GENERATE: "/v1/completions" in paths,
                 INTERRUPT: {"/pause", "/resume"} <= paths,
                 FULL: {"/collective_rpc", "/reset_prefix_cache"} <= paths,
                 LORA: {"/v1/load_lora_adapter", "/reset_prefix_cache"} <= paths
-                and await _has_lora(server, paths),
+                and (config is None or config.get("lora_config") is not None),
             },
             advice={
                 GENERATE: "it serves no /v1/completions",
@@ -175,16 +177,23 @@ class VLLM:
         await server.post("/resume", None, CONTROL_S)
 
 
-async def _has_lora(server: Server, paths: frozenset[str]) -> bool:
-    """Whether it was started with --enable-lora, which the path alone does not say; taken for
-    granted where the server does not tell."""
+async def _config(server: Server, paths: frozenset[str]) -> Mapping[str, Any] | None:
+    """What it was started with, such as whether it takes adapters, which its paths do not say; None
+    where the server does not tell."""
     if "/server_info" not in paths:
-        return True
+        return None
     try:
         answer = await server.get("/server_info?config_format=json", CONTROL_S)
-        return answer["vllm_config"]["lora_config"] is not None
-    except (Unreachable, Refused, TypeError, KeyError):
-        return True
+    except (Unreachable, Refused):
+        return None
+    found = answer.get("vllm_config") if isinstance(answer, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def _part(config: Mapping[str, Any] | None, section: str, key: str) -> str | None:
+    inside = (config or {}).get(section)
+    value = inside.get(key) if isinstance(inside, dict) else None
+    return None if value is None else str(value).removeprefix("torch.")
 
 
 def _first_model(server: Server, listed: Any) -> Mapping[str, Any]:

@@ -33,9 +33,8 @@ class Source(Protocol):
     adapter: bool
     """Whether what changes is a LoRA adapter, which servers load beside the base model."""
 
-    @property
-    def advice(self) -> str:
-        """What to do where a server does not serve what it was given."""
+    def advice(self, first: bool) -> str:
+        """What to do where a server does not serve what it was given, the first time or later."""
         ...
 
     def serve_on_cpu(self) -> None:
