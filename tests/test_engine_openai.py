@@ -168,6 +168,16 @@ async def test_what_an_endpoint_that_answered_does_not_take_is_no_mistake_of_the
             await made.chat(HELLO)
 
 
+async def test_what_stands_behind_the_address_is_not_shown() -> None:
+    """Some services take their key there."""
+    with ChatServer() as server:
+        server.answers = [Answer(404, {"error": {"message": "gone"}})]
+        with pytest.raises(UserError) as failure:
+            await ask(f"{server.url}?api-key={KEY}")
+    assert "/chat/completions answered 404" in failure.value.cause
+    assert KEY not in str(failure.value)
+
+
 async def test_a_missing_key_and_an_empty_account() -> None:
     with ChatServer(api_key=KEY) as server:
         with pytest.raises(UserError, match="answered 401") as failure:

@@ -160,7 +160,7 @@ class ChatEndpoint:
 
     @property
     def _named(self) -> str:
-        return f"{self._where}: {self._endpoint}"
+        return f"{self._where}: {self._endpoint.partition('?')[0]}"
 
     def _wait(self, attempt: int, after_s: float | None) -> float:
         if after_s is not None:
