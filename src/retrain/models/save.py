@@ -67,7 +67,7 @@ def save_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """
     with _as_os_errors():
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
-    _share(path.parent)
+    path.chmod(_mode(path.parent))
 
 
 @contextmanager
@@ -147,10 +147,14 @@ def trained(module: nn.Module) -> dict[str, torch.Tensor]:
 
 def _share(root: Path) -> None:
     """Let whoever may read the directory read its files: safetensors makes them the owner's."""
-    mode = root.stat().st_mode & 0o666
     for path in root.rglob("*"):
         if path.is_file():
-            path.chmod(mode)
+            path.chmod(_mode(root))
+
+
+def _mode(directory: Path) -> int:
+    """Of a file that those may read, and write, who may list or change its directory."""
+    return directory.stat().st_mode & 0o666
 
 
 def save_adapter(policy: Policy, directory: Path) -> None:

@@ -13,10 +13,6 @@ from typing import Any, TypeVar
 
 from retrain.engines.base import Completion, GenerateRequest
 from retrain.engines.server.dialect import (
-    FULL,
-    GENERATE,
-    INTERRUPT,
-    LORA,
     Answer,
     Ask,
     Dialect,
@@ -145,23 +141,7 @@ class ServerEngine:
         return False
 
     async def _meet(self, replica: Replica) -> None:
-        """See that a server that runs already can do what training needs."""
-        try:
-            facts = await self._dialect.facts(replica.server)
-        except (Unreachable, Refused, Malformed) as error:
-            raise UserError(
-                f"engine.urls: {replica.name} is no {self._dialect.name} server that can be used: "
-                f"{error}",
-                f"retrain doctor --engine {replica.name} says what it is.",
-            ) from error
-        needed = (GENERATE, INTERRUPT, LORA if self._sync.adapter else FULL)
-        if missing := facts.missing(*needed):
-            raise UserError(
-                f"engine.urls: {replica.name} ({facts.server} {facts.version}) cannot do what "
-                f"training needs: {'; '.join(missing)}",
-                f"retrain doctor --engine {replica.name} lists what it can.",
-            )
-        replica.model = facts.model
+        facts = await replica.meet(self._dialect, adapter=self._sync.adapter)
         if facts.context_limit is not None:
             self._sync.context_limit = min(self._sync.context_limit, facts.context_limit)
             self._weights.fit(self._sync.context_limit)

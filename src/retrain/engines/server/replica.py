@@ -9,8 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from retrain.engines.server.dialect import POLICY, Dialect, Launch, healthy
-from retrain.engines.server.http import Server, Unreachable
+from retrain.engines.server.dialect import (
+    FULL,
+    GENERATE,
+    INTERRUPT,
+    LORA,
+    POLICY,
+    Dialect,
+    Facts,
+    Launch,
+    Malformed,
+    healthy,
+)
+from retrain.engines.server.http import Refused, Server, Unreachable
 from retrain.engines.server.process import ServerProcess, free_port, has_module
 from retrain.types import UserError
 
@@ -140,6 +151,29 @@ class Replica:
         if self._server is not None:
             self._name = self._server.url
         return self._name
+
+    async def meet(self, dialect: Dialect, *, adapter: bool) -> Facts:
+        """What a server that runs already says of itself; it is asked for its own model from now
+        on.
+
+        Raises:
+            UserError: it cannot be reached, or cannot do what training needs.
+        """
+        try:
+            facts = await dialect.facts(self.server)
+        except (Unreachable, Refused, Malformed) as error:
+            raise UserError(
+                f"engine.urls: {self.name} is no {dialect.name} server that can be used: {error}",
+                f"retrain doctor --engine {self.name} says what it is.",
+            ) from error
+        if missing := facts.missing(GENERATE, INTERRUPT, LORA if adapter else FULL):
+            raise UserError(
+                f"engine.urls: {self.name} ({facts.server} {facts.version}) cannot do what "
+                f"training needs: {'; '.join(missing)}",
+                f"retrain doctor --engine {self.name} lists what it can.",
+            )
+        self.model = facts.model
+        return facts
 
     @contextmanager
     def loads(self) -> Iterator[None]:
