@@ -193,9 +193,12 @@ async def change_midway(
                         parameter.add_(torch.randn_like(parameter), alpha=0.02)
             versions.append(copy.deepcopy(policy.model))
             under_way = [
-                GenerateRequest([5 + n] * 20, SamplingParams(200), seed=n) for n in range(8)
+                GenerateRequest([5 + n] * 20, SamplingParams(200), seed=n) for n in range(24)
             ]
-            tasks = [asyncio.create_task(engine.generate(r)) for r in under_way if version]
+            tasks = [
+                asyncio.create_task(asked_later(engine, request, 0.05 * n))
+                for n, request in enumerate(under_way if version else [])
+            ]
             await asyncio.sleep(0.2 * bool(version))
             await engine.update_weights(version)
             asked += zip(under_way, await asyncio.gather(*tasks), strict=False)
@@ -204,6 +207,12 @@ async def change_midway(
     mixed = sum(len(set(got.versions)) > 1 for _, got in asked)
     gaps = [gap for request, got in asked for gap in own_gaps(versions, request, got)]
     return mixed, len(asked), len(gaps), max(gaps)
+
+
+async def asked_later(engine: PolicyEngine, request: GenerateRequest, wait_s: float) -> Completion:
+    """So that some are under way whenever the server is interrupted."""
+    await asyncio.sleep(wait_s)
+    return await engine.generate(request)
 
 
 def own_gaps(versions: Sequence[Any], request: GenerateRequest, got: Completion) -> Iterator[float]:
