@@ -215,7 +215,7 @@ def run_retrain(job: Job) -> Result:
 def _retrain_prompts(config: dict[str, Any]) -> list[list[int]]:
     """What the renderer gives the engine, asked of the library's own parts."""
     from retrain.config.load import load_config
-    from retrain.loops.build import build_renderer, build_tools
+    from retrain.loops.world import build_renderer, build_tools
     from retrain.models import load_policy
     from retrain.tools import tool_schema
     from retrain.types import Message, MessageType, Rollout

@@ -161,9 +161,11 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "tool_timeout_s": CALLS,
         "tool_retries": CALLS,
         "max_output_chars": CALLS,
+        "max_tool_calls": CALLS,
+        "tools_column": CALLS,
         "describe_tools": CALLS,
     },
-    "ToolConfig": {"name": TOOLS, "params": TOOLS},
+    "ToolConfig": {"name": TOOLS, "params": TOOLS, "max_calls": CALLS},
     "TagsFormat": {
         "type": FORMAT,
         "tool_start": FORMAT,

@@ -12,12 +12,8 @@ import torch
 
 from retrain.config import load_config
 from retrain.config.model import ModelConfig
-from retrain.loops.build import (
-    build_environment,
-    build_renderer,
-    build_sandbox,
-)
 from retrain.loops.engines import build_engine
+from retrain.loops.world import build_environment, build_renderer, build_sandbox
 from retrain.models import load_policy, save_policy
 from retrain.models.load import check_origin
 from retrain.sandbox import AutoSandbox, HttpSandbox, JailSandbox, MontySandbox
@@ -300,6 +296,16 @@ def test_the_limits_of_calls_are_those_given(policy: Any) -> None:
         assert Counter.attempts == retries + 1
     (cut,) = results(played(policy, f"<code>{'y' * 400}</code>", "ok", max_output_chars=40))
     assert 40 <= len(cut) < 120
+    twice = (CALL, CALL, "ok")
+    assert results(played(policy, *twice, max_tool_calls=1)) == [
+        "0 x", "No tool calls are left: there were 1 in all.",
+    ]  # fmt: skip
+    tools = [{"name": "test_config_effects:Counter", "max_calls": 1}]
+    assert results(played(policy, *twice, tools=tools))[1] == (
+        "No calls of Counter are left: there were 1."
+    )
+    with pytest.raises(UserError, match="column 'own' must list names of tools, got None"):
+        played(policy, "ok", tools_column="own")
     opening = played(policy, "ok", describe_tools=True).messages[0]
     assert opening.type is MessageType.SYSTEM and "Count." in opening.content
     assert played(policy, "ok").messages[0].type is MessageType.MESSAGE

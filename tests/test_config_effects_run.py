@@ -18,12 +18,8 @@ from retrain.config.model import ModelConfig
 from retrain.config.monitors import MonitorsConfig
 from retrain.data import load_tasks
 from retrain.engines.base import GenerateRequest
-from retrain.loops.build import (
-    build_calculator,
-    build_environment,
-    build_renderer,
-    build_sandbox,
-)
+from retrain.loops.build import build_calculator
+from retrain.loops.world import build_environment, build_renderer, build_sandbox
 from retrain.models import load_policy
 from retrain.rewards import verifier
 from retrain.rollout import ModelUser

@@ -27,11 +27,11 @@ from retrain.config.load import merge
 from retrain.config.model import ModelConfig
 from retrain.config.presets import PRESETS
 from retrain.importing import import_object
-from retrain.loops.build import build_sandbox
 from retrain.loops.resume import AT_A_COST, FREE
+from retrain.loops.world import build_sandbox
 from retrain.models import load_policy
 from retrain.rewards import resolve_reward
-from retrain.tools import resolve_tool
+from retrain.tools import resolve_tools
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(
@@ -207,7 +207,7 @@ def test_the_page_on_algorithms_says_what_presets_are() -> None:
 
 def test_the_readmes_own_reward_tool_and_environment_are_found(readme: Path) -> None:
     resolve_reward("my_task.py:polite", "rollout")
-    assert list(resolve_tool("my_task.py:population").parameters["properties"]) == ["city"]
+    assert list(resolve_tools("my_task.py:population")[0].parameters["properties"]) == ["city"]
     config = parse((readme / "task.yaml").read_text(encoding="utf-8"))
     config["environment"] = {"type": "python", "path": "my_task.py:SayYes"}
     load_config(config)

@@ -14,8 +14,8 @@ import retrain
 from engine_servers.chat import ChatServer
 from engine_servers.wire import Answer
 from retrain.config import load_config
-from retrain.loops.build import build_environment
 from retrain.loops.check import check
+from retrain.loops.world import build_environment
 from retrain.rollout import EndpointUser, request_seed
 from retrain.types import InfrastructureError, Message, MessageType, Rollout, Task, UserError
 from runs import hyperparameters, rl_config, rollouts_of

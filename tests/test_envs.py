@@ -10,7 +10,7 @@ import pytest
 
 from retrain.envs import DialogueEnvironment, Environment, ScriptedUser, Step, ToolEnvironment
 from retrain.rendering import Codec, Renderer, TagFormat, ToolSchema, make_template
-from retrain.tools import resolve_tool
+from retrain.tools import resolve_tools
 from retrain.types import (
     FinishReason,
     InfrastructureError,
@@ -77,7 +77,7 @@ def double(x: int) -> int:
 
 
 def tools_of(renderer: Renderer, **settings: object) -> ToolEnvironment:
-    return ToolEnvironment([resolve_tool("test_envs:double", {})], renderer, **settings)  # type: ignore[arg-type]
+    return ToolEnvironment(resolve_tools("test_envs:double"), renderer, **settings)  # type: ignore[arg-type]
 
 
 async def test_one_question_one_answer() -> None:
@@ -183,6 +183,23 @@ async def test_describing_the_tools_opens_with_a_system_message() -> None:
     given = Task("t", (Message("Be brief.", MessageType.SYSTEM), *TASK.prompt))
     joined = (await environment.spawn().reset(given))[0].content
     assert joined == f"Be brief.\n\n{system.content}"
+
+
+async def test_a_task_has_the_tools_that_its_column_lists() -> None:
+    renderer = tagged()
+    tools = [*resolve_tools("test_envs:double"), *resolve_tools("python")]
+    environment = ToolEnvironment(tools, renderer, tools_column="tools", describe_tools=True)
+    own = Task("t", TASK.prompt, metadata={"tools": ["double"]})
+    speaker = Speaker(["<code>21</code>", "ok"], renderer)
+    rollout = await environment.spawn().run(own, speaker)
+    assert speaker.schemas == ["double"] and "python" not in rollout.messages[0].content
+    assert rollout.messages[3].content == "42"
+    assert rollout.metrics["tool/double/ok"] == 1.0
+    none = Task("t", TASK.prompt, metadata={"tools": []})
+    assert environment.opening(none) == TASK.prompt and environment.tools_for(none) == []
+    for column, message in (("double", "must list names"), (["duble"], "'duble'.*no tool")):
+        with pytest.raises(UserError, match=message):
+            environment.opening(Task("t", TASK.prompt, metadata={"tools": column}))
 
 
 async def test_a_script_for_all_and_a_script_of_the_tasks_own() -> None:

@@ -19,15 +19,10 @@ from retrain.engines import SamplingParams
 from retrain.engines.torch_engine import TorchEngine
 from retrain.envs import Environment
 from retrain.envs.base import Agent
-from retrain.loops.build import (
-    build_calculator,
-    build_environment,
-    build_renderer,
-    build_sampler,
-    build_sandbox,
-)
+from retrain.loops.build import build_calculator, build_sampler
 from retrain.loops.repeatable import repeatable
 from retrain.loops.update import PolicyUpdate, build_update
+from retrain.loops.world import build_environment, build_renderer, build_sandbox
 from retrain.models import load_policy
 from retrain.types import Message, MessageType, Rollout, Task
 from runs import hyperparameters, metrics_of, rl_config, rollouts_of

@@ -243,6 +243,15 @@ def test_math_equivalence_survives_an_expression_without_end():
     assert value("math_equivalence", r"\boxed{4}", answer="2+2", timeout_s=60.0) == 1
 
 
+def test_random_is_uniform_and_repeatable():
+    rollouts = [Rollout(id=f"0/task/{number}") for number in range(4000)]
+    drawn = [REWARDS["random"](rollout) for rollout in rollouts]
+    assert drawn == [REWARDS["random"](rollout) for rollout in rollouts]
+    assert drawn != [REWARDS["random"](rollout, seed=1) for rollout in rollouts]
+    assert abs(sum(drawn) / 4000 - 0.5) < 0.02
+    assert abs(sum(x * x for x in drawn) / 4000 - 1 / 3) < 0.02
+
+
 def test_verifiers():
     assert VERIFIERS["is_not_empty"](rollout_saying("x"))
     assert not VERIFIERS["is_not_empty"](rollout_saying("x", " \n"))

@@ -18,10 +18,11 @@ from retrain.sandbox import MontySandbox
 from retrain.tools import (
     PythonTool,
     ToolError,
+    ToolOutput,
     ToolResult,
     ToolRunner,
     as_tool,
-    resolve_tool,
+    resolve_tools,
     tool,
 )
 from retrain.tools.python import last_line
@@ -71,6 +72,32 @@ async def run_one(tool_like: Any, arguments: Mapping[str, Any], **options: Any) 
     name = as_tool(tool_like).name
     (result,) = await run([tool_like], ToolCall(name, arguments), **options)
     return result.status, result.text
+
+
+class Billed:
+    """A tool that says what a call cost."""
+
+    async def __call__(self, text: str) -> ToolOutput:
+        """Say it back.
+
+        Args:
+            text: what to say.
+        """
+        return ToolOutput(text.upper(), {"billed/cost": 0.25})
+
+
+async def test_figures_come_with_a_result_and_budgets_count_calls_in_order():
+    runner = ToolRunner([Billed, Counter], max_calls=3, max_calls_of={"Billed": 2})
+    calls = [ToolCall("Billed", {"text": text}) for text in "abc"]
+    results = await runner.run([*calls, ToolCall("nothing", {}), ToolCall("count", {"by": 4})])
+    assert [(r.text, r.status) for r in results[:2]] == [("A", "ok"), ("B", "ok")]
+    assert [r.metrics for r in results[:3]] == [{"billed/cost": 0.25}] * 2 + [{}]
+    assert results[2].text == "No calls of Billed are left: there were 2."
+    assert results[2].status == "model_error"
+    assert results[4].text == "4", "a call that was not made leaves its place to others"
+    (last,) = await runner.run([ToolCall("count", {"by": 3})])
+    assert last.text == "No tool calls are left: there were 3 in all."
+    await runner.aclose()
 
 
 def test_schema_comes_from_signature_and_docstring() -> None:
@@ -342,9 +369,9 @@ def test_the_last_line_of_a_traceback() -> None:
 def test_tools_are_found_by_name_and_by_path(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("def double(a: int) -> int:\n    'Twice.'\n    return 2 * a\n")
-    assert resolve_tool("python").name == "python"
-    assert resolve_tool("python", {"name": "run"}).name == "run"
-    assert resolve_tool(f"{file}:double").description == "Twice."
+    assert resolve_tools("python")[0].name == "python"
+    assert resolve_tools("python", {"name": "run"})[0].name == "run"
+    assert resolve_tools(f"{file}:double")[0].description == "Twice."
     assert import_object(f"{file}:double", "tool") is import_object(f"{file}:double", "tool")
     assert import_object("os:path.join", "tool").__name__ == "join"  # type: ignore[attr-defined]
     (tmp_path / "broken.py").write_text("1/0")
@@ -357,9 +384,9 @@ def test_tools_are_found_by_name_and_by_path(tmp_path: Path) -> None:
         (":a", "not an import path"),
     ):
         with pytest.raises(UserError, match=message):
-            resolve_tool(path)
+            resolve_tools(path)
     with pytest.raises(UserError, match="no parameter 'timeout'"):
-        resolve_tool("python", {"timeout": 3})
+        resolve_tools("python", {"timeout": 3})
 
 
 def test_importing_tools_is_light() -> None:

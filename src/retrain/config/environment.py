@@ -19,6 +19,9 @@ class ToolConfig(Section):
     """A built-in name or an import path."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the built-in tool, or of the constructor of a tool class."""
+    max_calls: int | None = Field(None, ge=1)
+    """Of a rollout; a further one is answered with that. Of each tool, where the name stands for
+    several."""
 
 
 class TagsFormat(Section):
@@ -82,6 +85,11 @@ class ToolEnvironmentConfig(Section):
     """Of a call whose infrastructure failed."""
     max_output_chars: int = Field(4000, ge=16)
     """Of one tool result; the middle is left out."""
+    max_tool_calls: int | None = Field(None, ge=1)
+    """Of a rollout, all tools together; a further one is answered with that."""
+    tools_column: str | None = None
+    """A column of the prompt source that lists the names of the tools that a task has; by default
+    each has all."""
     describe_tools: bool = False
     """Open with a system message about the tools and how to call them (tags and fenced)."""
 

@@ -59,9 +59,8 @@ class Environment:
         """The copy that serves one rollout."""
         return copy.copy(self)
 
-    @property
-    def tool_schemas(self) -> Sequence[ToolSchema]:
-        """Tools that the policy may call; written into the prompt where the format does that."""
+    def tools_for(self, task: Task) -> Sequence[ToolSchema]:
+        """What the policy may call in a task; written into the prompt where the format does so."""
         return ()
 
     def opening(self, task: Task) -> Sequence[Message]:
@@ -101,8 +100,9 @@ class Environment:
             with self._blamed("reset", rollout):
                 opening = await self.reset(task)
             rollout.add_messages(*opening)
+            tools = self.tools_for(task)
             while rollout.stop_reason is None:
-                message = await agent.act(rollout, self.tool_schemas)
+                message = await agent.act(rollout, tools)
                 rollout.stop_reason = _cut_short(message)
                 if rollout.stop_reason is not None:
                     rollout.env_rewards.append(0.0)

@@ -15,19 +15,19 @@ from retrain.config.load import resolve_stages
 from retrain.config.root import READ_BY, StageKind, TrainingConfig
 from retrain.config.stages import SandboxConfig
 from retrain.data import load_tasks
-from retrain.loops.build import (
-    asks_an_endpoint,
-    build_calculator,
-    build_sandbox,
-    build_tools,
-    import_environment,
-    runs_code,
-)
+from retrain.loops.build import build_calculator
 from retrain.loops.engines import check_interpreter
 from retrain.loops.evaluate import held_out_tasks
 from retrain.loops.pipeline import overlapping
 from retrain.loops.sft import traces_and_steps
 from retrain.loops.update import check_critic
+from retrain.loops.world import (
+    asks_an_endpoint,
+    build_sandbox,
+    build_tools,
+    import_environment,
+    runs_code,
+)
 from retrain.models.load import check_origin, choose_device
 from retrain.rewards import RewardCalculator
 

@@ -15,9 +15,9 @@ from retrain.data import TaskSource
 from retrain.data.sources import TaskStream
 from retrain.engines import PolicyEngine
 from retrain.learner import Critic, NotFiniteError
-from retrain.loops.build import UserModel
 from retrain.loops.checkpoint import RunState, Saved, Training, backbone, generators, write_state
 from retrain.loops.interrupt import Interrupted, Stop
+from retrain.loops.world import UserModel
 from retrain.models import Policy, save_policy
 from retrain.rollout import Sampler
 from retrain.sandbox import Sandbox
@@ -214,7 +214,7 @@ def check_prompts_fit(tasks: TaskSource, sampler: Sampler, place: str) -> None:
     for task in longest:
         rollout = Rollout(task=task)
         rollout.add_messages(*sampler.environment.opening(task))
-        schemas = sampler.environment.tool_schemas
+        schemas = sampler.environment.tools_for(task)
         tokens = len(sampler.renderer.prompt(rollout, schemas).token_ids)
         if tokens >= limit:
             raise UserError(

@@ -12,9 +12,10 @@ from retrain.config.stages import EvaluationConfig, EvaluationMode
 from retrain.data import TaskSource, load_tasks
 from retrain.data.sources import TaskStream
 from retrain.engines import SamplingParams
-from retrain.loops.build import build_calculator, build_environment, build_renderer, build_sampler
+from retrain.loops.build import build_calculator, build_sampler
 from retrain.loops.context import RunContext, check_prompts_fit
 from retrain.loops.survivors import write_failures
+from retrain.loops.world import build_environment, build_renderer
 from retrain.rewards import RewardCalculator
 from retrain.rollout import Sampler
 from retrain.tracking.progress import summary

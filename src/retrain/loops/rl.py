@@ -18,12 +18,7 @@ from retrain.config.root import TrainingConfig
 from retrain.data import Cursor, TaskSource, load_tasks
 from retrain.engines import SamplingParams
 from retrain.learner import NotFiniteError
-from retrain.loops.build import (
-    build_calculator,
-    build_environment,
-    build_renderer,
-    build_sampler,
-)
+from retrain.loops.build import build_calculator, build_sampler
 from retrain.loops.checkpoint import RunState, Training
 from retrain.loops.context import RunContext, check_prompts_fit
 from retrain.loops.credit import has_variance, punish_overlong, rollout_advantages, sampled_tokens
@@ -34,6 +29,7 @@ from retrain.loops.pipeline import Pipeline, SampledGroup, seconds_under_way
 from retrain.loops.survivors import Freshness, Losses, large_enough, smallest_group
 from retrain.loops.update import PolicyUpdate, build_update, check_critic
 from retrain.loops.worker import Worker
+from retrain.loops.world import build_environment, build_renderer
 from retrain.rewards import RewardCalculator
 from retrain.rollout import Sampler
 from retrain.types import Rollout, Sample, Task, UserError

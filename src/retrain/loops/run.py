@@ -13,7 +13,6 @@ from typing import Any
 from retrain.config.engine import TorchEngineConfig
 from retrain.config.load import dump_yaml, load_config, resolve_stages
 from retrain.config.root import StageKind, TrainingConfig
-from retrain.loops.build import asks_an_endpoint, build_sandbox, runs_code
 from retrain.loops.context import RunContext
 from retrain.loops.engines import build_engine
 from retrain.loops.evaluate import EvalStage
@@ -23,6 +22,7 @@ from retrain.loops.repeatable import circumstances, repeatable
 from retrain.loops.resume import Resumption, find_run, read_resumption, stages_left
 from retrain.loops.rl import RLStage
 from retrain.loops.sft import SFTStage
+from retrain.loops.world import asks_an_endpoint, build_sandbox, runs_code
 from retrain.models import load_policy
 from retrain.rollout import set_aside
 from retrain.tracking.plots import plot_curves

@@ -15,10 +15,11 @@ from retrain.config.root import TrainingConfig
 from retrain.config.stages import SFTConfig
 from retrain.data import Cursor, Trace, TraceSource, load_traces
 from retrain.learner import NotFiniteError, TorchLearner, sft_loss
-from retrain.loops.build import build_learner, build_renderer, build_tools
+from retrain.loops.build import build_learner
 from retrain.loops.checkpoint import RunState, Training
 from retrain.loops.context import RunContext
 from retrain.loops.worker import Worker
+from retrain.loops.world import build_renderer, build_tools
 from retrain.rendering import Renderer, ToolSchema
 from retrain.rollout import to_samples
 from retrain.tools import tool_schema

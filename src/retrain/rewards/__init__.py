@@ -24,6 +24,7 @@ from retrain.rewards.base import (
 from retrain.rewards.calculator import OnError, RewardCalculator
 from retrain.rewards.checks import finished, is_not_empty, used_tool
 from retrain.rewards.code import code_passes_tests
+from retrain.rewards.control import random
 from retrain.rewards.equivalence import math_equivalence
 from retrain.rewards.failures import RewardFailure
 from retrain.rewards.numeric import boxed_answer, numeric_match
@@ -70,6 +71,7 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "math_equivalence": math_equivalence,
     "numeric_match": numeric_match,
     "penalize_text_containing": penalize_text_containing,
+    "random": random,
     "regex": regex,
     "squad_em": squad_em,
     "tool_calls": tool_calls,

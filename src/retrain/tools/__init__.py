@@ -7,11 +7,12 @@ from retrain.tools.base import (
     ModelError,
     Tool,
     ToolError,
+    ToolOutput,
     ToolResult,
     ToolSession,
     tool_schema,
 )
-from retrain.tools.builtin import BUILT_IN, resolve_tool
+from retrain.tools.builtin import BUILT_IN, resolve_tools
 from retrain.tools.function import ClassTool, FunctionTool, as_tool, tool
 from retrain.tools.python import PythonTool
 from retrain.tools.runner import ToolRunner
@@ -25,11 +26,12 @@ __all__ = [
     "PythonTool",
     "Tool",
     "ToolError",
+    "ToolOutput",
     "ToolResult",
     "ToolRunner",
     "ToolSession",
     "as_tool",
-    "resolve_tool",
+    "resolve_tools",
     "tool",
     "tool_schema",
 ]

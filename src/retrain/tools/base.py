@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from retrain.types import ToolCall
@@ -23,18 +23,30 @@ class ModelError(Exception):
 
 
 @dataclass(frozen=True)
+class ToolOutput:
+    """A result that comes with figures."""
+
+    text: str
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Of this call, such as the tokens that it used and what they cost; a rollout's metrics hold
+    their sums under the same names."""
+
+
+@dataclass(frozen=True)
 class ToolResult:
     call: ToolCall
     text: str
     """What the model will read."""
     status: CallStatus = "ok"
     wall_s: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """As the tool gave them."""
 
 
 class ToolSession(Protocol):
     """One rollout's use of a tool; state lasts over its calls."""
 
-    async def call(self, arguments: Mapping[str, Any]) -> str:
+    async def call(self, arguments: Mapping[str, Any]) -> str | ToolOutput:
         """Run the tool.
 
         Raises:
@@ -47,6 +59,12 @@ class ToolSession(Protocol):
 
 
 class Tool(Protocol):
+    """What a model can call.
+
+    One that holds something for the whole run (a client, a process) may have an `async close()`,
+    called once, at the end.
+    """
+
     name: str
     description: str
     parameters: dict[str, Any]

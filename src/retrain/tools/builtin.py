@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from retrain.importing import import_object, suggest
@@ -15,36 +15,64 @@ from retrain.tools.python import PythonTool
 from retrain.types import UserError
 
 
-def python(sandbox: Sandbox | None = None, **params: Any) -> PythonTool:
+def python(
+    sandbox: Sandbox | None = None,
+    *,
+    name: str = "python",
+    description: str | None = None,
+    full_traceback: bool = False,
+    timeout_s: float | None = None,
+) -> PythonTool:
     """A `PythonTool`, in the "auto" sandbox unless given one."""
-    return PythonTool(make_sandbox("auto") if sandbox is None else sandbox, **params)
+    return PythonTool(
+        make_sandbox("auto") if sandbox is None else sandbox,
+        name=name,
+        description=description,
+        full_traceback=full_traceback,
+        timeout_s=timeout_s,
+    )
 
 
-BUILT_IN: dict[str, Callable[..., Tool]] = {"python": python}
+BUILT_IN: dict[str, Callable[..., Tool | Sequence[Tool]]] = {"python": python}
+"""By name, what makes them of a config's `params`: one tool, or as many as a server has."""
 
 
-def resolve_tool(name_or_path: str, params: Mapping[str, Any] | None = None) -> Tool:
-    """The tool of a built-in name, of `pkg.module:name`, or of `path/to/file.py:name`.
+def resolve_tools(name_or_path: str, params: Mapping[str, Any] | None = None) -> list[Tool]:
+    """The tools of a built-in name, of `pkg.module:name`, or of `path/to/file.py:name`.
 
-    `params` are keyword arguments of the built-in tool or of a tool class.
+    `params` are keyword arguments of the built-in, or of a tool class.
 
     Raises:
         UserError: no such tool, or parameters that it does not take.
     """
     params = params or {}
     if ":" in name_or_path:
-        return as_tool(import_object(name_or_path, "tool"), params)
+        return [as_tool(import_object(name_or_path, "tool"), params)]
     if name_or_path not in BUILT_IN:
         raise UserError(
             f"there is no built-in tool '{name_or_path}'",
             f"{suggest(name_or_path, BUILT_IN, 'built-in tools')}; "
             "or give an import path, pkg.module:name",
         )
-    accepted = {"sandbox", *inspect.signature(PythonTool).parameters}
+    make = BUILT_IN[name_or_path]
+    _check_params(name_or_path, inspect.signature(make), params)
+    made = make(**params)
+    return list(made) if isinstance(made, Sequence) else [made]
+
+
+def _check_params(name: str, signature: inspect.Signature, params: Mapping[str, Any]) -> None:
+    accepted = list(signature.parameters)
     for key in params:
         if key not in accepted:
             raise UserError(
-                f"tool '{name_or_path}' has no parameter '{key}'",
-                suggest(key, accepted, "it takes"),
+                f"tool '{name}' has no parameter '{key}'", suggest(key, accepted, "it takes")
             )
-    return BUILT_IN[name_or_path](**params)
+    missing = [
+        key
+        for key, parameter in signature.parameters.items()
+        if parameter.default is inspect.Parameter.empty and key not in params
+    ]
+    if missing:
+        raise UserError(
+            f"tool '{name}' needs {', '.join(missing)}", f"It takes: {', '.join(accepted)}."
+        )

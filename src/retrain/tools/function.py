@@ -10,7 +10,7 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
-from retrain.tools.base import Tool, ToolSession
+from retrain.tools.base import Tool, ToolOutput, ToolSession
 from retrain.tools.signature import Signature, read_signature
 from retrain.tools.threads import in_daemon_thread
 from retrain.types import UserError
@@ -90,7 +90,7 @@ class _FunctionSession:
         self._function = function
         self._signature = signature
 
-    async def call(self, arguments: Mapping[str, Any]) -> str:
+    async def call(self, arguments: Mapping[str, Any]) -> str | ToolOutput:
         args, keywords = self._signature.bind(arguments)
         if _is_async(self._function):
             return show(await cast(Awaitable[Any], self._function(*args, **keywords)))
@@ -112,16 +112,16 @@ class _ClassSession:
         self._thread: asyncio.Future[Any] | None = None
         """What runs in a thread, perhaps since a call that was given up."""
 
-    async def call(self, arguments: Mapping[str, Any]) -> str:
+    async def call(self, arguments: Mapping[str, Any]) -> str | ToolOutput:
         args, keywords = self._signature.bind(arguments)
 
-        def run() -> str:
+        def run() -> str | ToolOutput:
             return show(self._made()(*args, **keywords))
 
         async with self._in_use:
             if self._async:
                 return show(await self._made()(*args, **keywords))
-            return cast(str, await self._in_thread(run))
+            return cast(str | ToolOutput, await self._in_thread(run))
 
     async def close(self) -> None:
         close: object = getattr(self._instance, "close", None)
@@ -209,10 +209,10 @@ def as_tool(obj: object, params: Mapping[str, Any] | None = None) -> Tool:
     )
 
 
-def show(value: object) -> str:
+def show(value: object) -> str | ToolOutput:
     """What the model reads of a result: a string as it is, bytes as UTF-8, anything else as JSON,
-    and what JSON has no form for as its `repr`."""
-    if isinstance(value, str):
+    and what JSON has no form for as its `repr`. A `ToolOutput` stays what it is."""
+    if isinstance(value, str | ToolOutput):
         return value
     if isinstance(value, bytes | bytearray):
         return value.decode("utf-8", "replace")

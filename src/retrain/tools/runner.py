@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from retrain.sandbox.output import cut_middle
-from retrain.tools.base import CallStatus, ModelError, Tool, ToolError, ToolResult, ToolSession
+from retrain.tools.base import (
+    CallStatus,
+    ModelError,
+    Tool,
+    ToolError,
+    ToolOutput,
+    ToolResult,
+    ToolSession,
+)
 from retrain.tools.deadline import CancelledItself, Late, within
 from retrain.tools.function import as_tool
 from retrain.types import InfrastructureError, ToolCall, UserError
@@ -31,6 +41,9 @@ class ToolRunner:
     Calls run at the same time, but for those of a tool with an attribute `in_order` that is true:
     each of these waits for the one before, and its time-out starts when its turn has come.
 
+    A call beyond a budget is the model's fault, and is not run; calls count in the order in which
+    the model wrote them, whatever became of them.
+
     Used as an async context manager it closes its sessions.
     """
 
@@ -42,6 +55,8 @@ class ToolRunner:
         max_output_chars: int = 4000,
         retries: int = 2,
         backoff_s: float = 0.5,
+        max_calls: int | None = None,
+        max_calls_of: Mapping[str, int] | None = None,
     ) -> None:
         """
         Args:
@@ -50,6 +65,8 @@ class ToolRunner:
             max_output_chars: most characters kept of a result, half from each end.
             retries: further attempts after an `InfrastructureError`.
             backoff_s: wait before the first retry; it doubles each time, up to half a minute.
+            max_calls: most calls of all tools together.
+            max_calls_of: most calls of a tool, by its name.
 
         Raises:
             UserError: two tools of one name.
@@ -63,8 +80,12 @@ class ToolRunner:
         self.max_output_chars = max_output_chars
         self.retries = retries
         self.backoff_s = backoff_s
+        self.max_calls = max_calls
+        self.max_calls_of = dict(max_calls_of or {})
         self.counts: Counter[CallStatus] = Counter()
         """Calls per status so far."""
+        self._made: Counter[str] = Counter()
+        """Calls per tool so far."""
         self._sessions: dict[str, ToolSession] = {}
         self._turns: dict[str, asyncio.Lock] = {
             item.name: asyncio.Lock()
@@ -78,6 +99,7 @@ class ToolRunner:
         Raises:
             InfrastructureError: one failed on every attempt; the others have ended by then.
         """
+        calls = [self._within_budget(call) for call in calls]
         if len(calls) == 1:
             results = [await self._run_one(calls[0])]
         else:
@@ -112,6 +134,20 @@ class ToolRunner:
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
 
+    def _within_budget(self, call: ToolCall) -> ToolCall:
+        """Count it; a call too many comes back with that as its error."""
+        if call.error is not None or call.name not in self.tools:
+            return call
+        used_up = ""
+        if self.max_calls is not None and self._made.total() >= self.max_calls:
+            used_up = f"No tool calls are left: there were {self.max_calls} in all."
+        elif self._made[call.name] >= self.max_calls_of.get(call.name, math.inf):
+            used_up = f"No calls of {call.name} are left: there were {self._made[call.name]}."
+        if used_up:
+            return replace(call, error=used_up)
+        self._made[call.name] += 1
+        return call
+
     async def _run_one(self, call: ToolCall) -> ToolResult:
         if call.name not in self._turns:
             return await self._result(call)
@@ -120,12 +156,15 @@ class ToolRunner:
 
     async def _result(self, call: ToolCall) -> ToolResult:
         start = time.perf_counter()
-        text, status = await self._with_retries(call)
+        output, status = await self._with_retries(call)
+        if isinstance(output, str):
+            output = ToolOutput(output)
         # A lone surrogate (JSON escapes can make one) has no tokens.
-        text = cut_middle(text, self.max_output_chars).encode("utf-8", "replace").decode("utf-8")
-        return ToolResult(call, text, status, time.perf_counter() - start)
+        text = cut_middle(output.text, self.max_output_chars)
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        return ToolResult(call, text, status, time.perf_counter() - start, output.metrics)
 
-    async def _with_retries(self, call: ToolCall) -> tuple[str, CallStatus]:
+    async def _with_retries(self, call: ToolCall) -> tuple[str | ToolOutput, CallStatus]:
         if call.error is not None:
             return call.error, "model_error"
         if call.name not in self.tools:
@@ -141,7 +180,7 @@ class ToolRunner:
                 await asyncio.sleep(min(self.backoff_s * 2 ** min(attempt, 16), LONGEST_WAIT_S))
         raise AssertionError("unreachable")
 
-    async def _attempt(self, call: ToolCall) -> tuple[str, CallStatus]:
+    async def _attempt(self, call: ToolCall) -> tuple[str | ToolOutput, CallStatus]:
         """One attempt. A call that does not heed its cancellation is left behind."""
         own: float | None = getattr(self.tools[call.name], "timeout_s", None)
         timeout_s = self.timeout_s if own is None else own
@@ -152,7 +191,7 @@ class ToolRunner:
         except CancelledItself:
             return "CancelledError: the tool cancelled itself", "tool_error"
 
-    async def _guarded(self, call: ToolCall) -> tuple[str, CallStatus]:
+    async def _guarded(self, call: ToolCall) -> tuple[str | ToolOutput, CallStatus]:
         try:
             return await self._session(call.name).call(call.arguments), "ok"
         except ModelError as error:
