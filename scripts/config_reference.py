@@ -53,11 +53,20 @@ def leaves(model: type[Section], prefix: str = "") -> Iterator[str]:
 
 def reference() -> str:
     """The whole page."""
-    return "\n".join([HEAD, *_part("", TrainingConfig)])
+    return "\n".join([HEAD, *_part("", TrainingConfig, set())])
 
 
-def _part(path: str, model: type[Section]) -> Iterator[str]:
-    """A heading and a table for a section, then the same for those inside it."""
+def _part(
+    path: str, model: type[Section], written: set[tuple[str, type[Section]]]
+) -> Iterator[str]:
+    """A heading and a table for a section, then the same for those inside it.
+
+    Args:
+        written: sections that are on the page, which several around them may have in one place.
+    """
+    if (path, model) in written:
+        return
+    written.add((path, model))
     tag = _tag(model)
     title = f"`{path}`" if path else "The top level"
     if tag:
@@ -81,7 +90,7 @@ def _part(path: str, model: type[Section]) -> Iterator[str]:
             yield f"## `{below}`{_type_suffix(section)}\n"
             yield f"The same keys as `{_SHOWN_ELSEWHERE[section.__name__]}`.\n"
         else:
-            yield from _part(below, section)
+            yield from _part(below, section, written)
 
 
 _SHOWN_ELSEWHERE = {
@@ -91,6 +100,7 @@ _SHOWN_ELSEWHERE = {
     "HFDatasetSourceConfig": "prompt_source",
     "ReasoningGymSourceConfig": "prompt_source",
     "PythonSourceConfig": "prompt_source",
+    "MixtureSourceConfig": "prompt_source",
 }
 """Sections that stand in two places, and where they are written out."""
 

@@ -13,11 +13,20 @@ OWN_STAGE = f"{RUN}::test_a_stage_has_its_own"
 MODE = f"{RUN}::test_every_key_of_a_mode_acts"
 EVALUATED = f"{RUN}::test_every_key_of_an_evaluation_acts"
 TRACKED = f"{RUN}::test_every_key_of_tracking_acts"
+GUARD = "test_trackers_guard.py"
+TRACKER_INTERVALS = f"{GUARD}::test_evaluations_reach_a_tracker_at_their_interval"
+MADE = f"{GUARD}::test_each_is_made_with_what_the_config_says"
+WANDB = "test_trackers.py::test_wandb_goes_on_with_one_run_over_its_own_axis"
+TRACKIO = "test_trackers.py::test_trackio_keeps_one_run_with_traces"
+MLFLOW = "test_trackers.py::test_mlflow_keeps_one_run"
 SFT = f"{RUN}::test_every_key_of_sft_acts"
 STEP = f"{RUN}::test_sizes_and_sampling_of_a_step"
 REWARD = f"{RUN}::test_every_key_of_a_reward_acts"
 SCRIPTED = f"{RUN}::test_a_scripted_user_and_the_ends_of_a_dialogue"
 PLAYED = f"{RUN}::test_a_user_that_a_model_plays_is_sampled_as_described"
+AGENTS = "test_agents.py"
+OF_AGENTS = f"{AGENTS}::test_an_own_class_gets_its_params"
+WITH_TOOLS = f"{AGENTS}::test_every_key_of_an_agent_with_tools_acts"
 PHONED = "test_endpoint_user.py::test_every_key_of_an_endpoint_user_acts"
 WAITED = "test_endpoint_user.py::test_deadline_retries_and_concurrency_of_an_endpoint_user"
 SOURCE_TYPE = f"{RUN}::test_type_path_and_format_decide_what_is_read"
@@ -33,11 +42,15 @@ LAUNCHED = f"{STARTED}::test_what_the_config_says_reaches_the_servers"
 LIMITS = f"{BUILT}::test_the_limits_of_the_sandbox_are_those_given"
 WISHES = f"{BUILT}::test_what_only_some_sandboxes_can_do_is_asked_for"
 CALLS = f"{BUILT}::test_the_limits_of_calls_are_those_given"
+REACHES = "test_every_key_reaches_the_environment"
 FORMAT = f"{BUILT}::test_calls_are_read_and_answered_in_the_format_given"
 TOOLS = f"{BUILT}::test_tools_are_those_named_with_the_params_given"
 ROW = "test_data_sources.py::test_a_row_becomes_a_task"
 SKIP = "test_data_sources.py::test_skip_and_limit_count_what_is_left"
 HOLDOUT = "test_data_sources.py::test_a_holdout_splits_by_content"
+FILTER = "test_data_filters.py::test_a_condition_on_a_column"
+CURRICULUM = "test_data_curriculum.py"
+MIXED = "test_data_mixture.py::test_weights_interleave_and_each_part_has_its_own_epochs"
 FUNCTION = "test_data_sources.py::test_a_function_gives_rows_or_tasks"
 DATASETS = "test_data_sources.py::test_saved_datasets_and_directories_of_data"
 GENERATED = "test_data_reasoning_gym.py::test_seed_size_and_params_act"
@@ -132,6 +145,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "aggregation_length": WEIGHTS,
         "entropy_coefficient": WEIGHTS,
         "train_truncated": WEIGHTS,
+        "train_turns": WEIGHTS,
         "max_staleness": (
             "test_overlap_run.py::test_no_token_is_older_than_the_bound_and_the_order_is_the_tasks"
         ),
@@ -172,29 +186,83 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "tool_end": FORMAT,
         "response_start": FORMAT,
         "response_end": FORMAT,
+        "answer_end": "test_recipe_router_r1.py::test_generation_stops_at_the_answer_too",
     },
     "FencedFormat": {"type": FORMAT, "language": FORMAT, "output": FORMAT},
     "NativeFormat": {"type": FORMAT},
+    "GymnasiumConfig": dict.fromkeys(
+        (
+            "type",
+            "id",
+            "params",
+            "action",
+            "choices",
+            "action_pattern",
+            "observation_field",
+            "observations",
+            "max_steps",
+            "invalid_reward",
+        ),
+        f"test_env_gymnasium.py::{REACHES}",
+    ),
+    "OpenEnvConfig": dict.fromkeys(
+        (
+            "type",
+            "url",
+            "client",
+            "action",
+            "action_field",
+            "action_pattern",
+            "observation_field",
+            "tool_format",
+            "max_steps",
+            "invalid_reward",
+            "timeout_s",
+            "max_sessions",
+        ),
+        f"test_env_openenv.py::{REACHES}",
+    ),
+    "VerifiersConfig": {
+        **dict.fromkeys(("type", "env", "path", "params"), f"test_env_verifiers.py::{REACHES}"),
+    },
     "QAConfig": {"type": "test_loops_variants.py::test_gpt2_in_the_plain_format"},
     "DialogueConfig": {"type": SCRIPTED, "max_turns": SCRIPTED, "stop_phrase": SCRIPTED},
     "ScriptedUser": {"type": SCRIPTED, "replies": SCRIPTED, "replies_column": SCRIPTED},
-    "ModelUser": {
-        "type": PLAYED,
-        "system_prompt": PLAYED,
-        "max_new_tokens": PLAYED,
-        "temperature": PLAYED,
-    },
+    "ModelPlayer": {"type": PLAYED, "max_new_tokens": PLAYED, "temperature": PLAYED},
+    "ModelUser": {"system_prompt": PLAYED},
     "EndpointUser": {
+        "system_prompt": "test_endpoint_user.py::test_an_endpoint_user_sees_the_parties_exchanged",
+    },
+    "EndpointPlayer": {
         "type": PHONED,
         "url": PHONED,
         "model": PHONED,
         "api_key_env": PHONED,
-        "system_prompt": "test_endpoint_user.py::test_an_endpoint_user_sees_the_parties_exchanged",
         "max_new_tokens": PHONED,
         "temperature": PHONED,
         "timeout_s": WAITED,
         "retries": WAITED,
         "max_concurrency": WAITED,
+    },
+    "PolicyPlayer": {"type": OF_AGENTS},
+    "AgentConfig": {
+        "trainable": f"{AGENTS}::test_a_frozen_agents_words_and_rewards_change_no_weight",
+        "system_prompt": f"{AGENTS}::test_agents_take_turns_and_hear_each_other",
+        "sees_task": OF_AGENTS,
+        "calls": WITH_TOOLS,
+        "description": WITH_TOOLS,
+        "max_steps": WITH_TOOLS,
+    },
+    "AgentsConfig": {
+        "type": OF_AGENTS,
+        "path": OF_AGENTS,
+        "params": OF_AGENTS,
+        "max_turns": f"{AGENTS}::test_an_endpoint_plays_an_agent",
+        "stop_phrase": f"{AGENTS}::test_agents_take_turns_and_hear_each_other",
+        "tool_timeout_s": WITH_TOOLS,
+        "tool_retries": WITH_TOOLS,
+        "max_output_chars": WITH_TOOLS,
+        "describe_tools": WITH_TOOLS,
     },
     "PythonEnvironmentConfig": {
         "type": "test_loops_variants.py::test_an_environment_of_ones_own",
@@ -207,6 +275,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "id_column": ROW,
         "messages_column": "test_data_sources.py::test_messages_as_the_prompt",
         "metadata_columns": "test_data_sources.py::test_metadata_columns_are_those_named",
+        "metadata": "test_data_columns.py::test_metadata_constants_are_added_to_each_task",
         "system_prompt": "test_data_sources.py::test_template_and_system_prompt",
         "prompt_template": "test_data_sources.py::test_template_and_system_prompt",
         "skip": SKIP,
@@ -214,6 +283,27 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "shuffle": "test_data_sources.py::test_epochs_are_shuffled_by_seed_and_number",
         "deduplicate": "test_data_sources.py::test_kept_duplicates_have_different_ids",
     },
+    "FilterConfig": {
+        "column": FILTER,
+        "one_of": FILTER,
+        "none_of": FILTER,
+        "min": FILTER,
+        "max": FILTER,
+        "min_chars": FILTER,
+        "max_chars": FILTER,
+        "matches": FILTER,
+        "function": "test_data_filters.py::test_a_function_decides",
+        "params": "test_data_filters.py::test_a_function_decides",
+    },
+    "CurriculumConfig": {
+        "column": f"{CURRICULUM}::test_shares_are_sizes_times_weights",
+        "window": f"{CURRICULUM}::test_success_is_that_of_the_latest_rollouts_of_a_level",
+        "min_weight": f"{CURRICULUM}::test_success_is_that_of_the_latest_rollouts_of_a_level",
+        "success_reward": f"{CURRICULUM}::test_a_run_measures_and_is_resumed_to_the_bit",
+        "success_threshold": f"{CURRICULUM}::test_a_run_measures_and_is_resumed_to_the_bit",
+    },
+    "MixturePart": {"name": MIXED, "weight": MIXED},
+    "MixtureSourceConfig": {"type": MIXED},
     "HoldoutConfig": {"fraction": HOLDOUT, "part": HOLDOUT, "seed": HOLDOUT},
     "StreamableSection": {
         "streaming": "test_data_sources.py::test_a_stream_reads_no_further_than_it_must",
@@ -241,6 +331,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "error_penalty": "test_rollout_failures.py::test_on_error_penalty",
     },
     "RewardConfig": {
+        "agents": f"{AGENTS}::test_a_frozen_agents_words_and_rewards_change_no_weight",
         "function": REWARD,
         "weight": REWARD,
         "params": REWARD,
@@ -313,8 +404,41 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "plots": TRACKED,
         "transcripts": EVALUATES,
         "progress": TRACKED,
+        "rollouts_logged": TRACKER_INTERVALS,
+        "rollouts_logged_every": TRACKER_INTERVALS,
+        "artifacts": f"{GUARD}::test_a_failed_run_says_so_and_artifacts_are_given_if_asked",
+        "finish_timeout_s": f"{GUARD}::test_a_run_with_a_tracker_that_hangs_completes",
+    },
+    "WandbConfig": {
+        "type": WANDB,
+        "project": WANDB,
+        "entity": WANDB,
+        "name": WANDB,
+        "group": WANDB,
+        "tags": WANDB,
+        "mode": f"{GUARD}::test_check_describes_them_and_disabled_is_as_if_not_listed",
+    },
+    "TensorboardConfig": {"type": MADE, "directory": MADE},
+    "TrackioConfig": {
+        "type": MADE,
+        "project": TRACKIO,
+        "name": TRACKIO,
+        "directory": TRACKIO,
+        "space_id": MADE,
+    },
+    "MLflowConfig": {
+        "type": MLFLOW,
+        "tracking_uri": MLFLOW,
+        "experiment": MLFLOW,
+        "name": MLFLOW,
+    },
+    "PythonTrackerConfig": {
+        "type": TRACKER_INTERVALS,
+        "path": TRACKER_INTERVALS,
+        "params": TRACKER_INTERVALS,
     },
     "EvaluationConfig": {
+        "agents": f"{AGENTS}::test_evaluations_count_the_agents_named",
         "every_steps": EVALUATES,
         "max_new_tokens": EVALUATED,
         "success_reward": f"{RUN}::test_success_may_be_that_of_one_reward",

@@ -252,7 +252,7 @@ async def play(
     engine = ScriptedEngine(renderer.codec, turns)
     world = environment or ToolEnvironment([run], renderer, max_output_chars=20_000)
     sampler = Sampler(world, engine, renderer, SamplingParams())
-    rollout = await sampler.rollout(Task("t", prompt or (user("What is 2 + 3?"),)))
+    (rollout,) = await sampler.episode(Task("t", prompt or (user("What is 2 + 3?"),)))
     check_ledger(rollout, engine)
     return rollout, engine
 

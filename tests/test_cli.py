@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 import retrain
 from conftest import LISTEN_TO_CTRL_C
 from retrain.cli import app
-from retrain.config import TrainingConfig
+from retrain.config import TrainingConfig, load_config
 from retrain.loops.interrupt import Interrupted
 from retrain.types import UserError
 
@@ -302,3 +302,14 @@ def test_public_names_are_lazy_and_complete() -> None:
     with pytest.raises(AttributeError, match="has no attribute 'rum'"):
         retrain.rum  # noqa: B018
     assert os.path.dirname(retrain.__file__).endswith("retrain")
+
+
+def test_recipes_are_listed_printed_and_run_by_name(tmp_path: Path) -> None:
+    listed = CliRunner().invoke(app, ["recipes"])
+    assert listed.exit_code == 0 and "demo/demo\n" in listed.output
+    printed = CliRunner().invoke(app, ["recipes", "demo"])
+    copy = tmp_path / "mine.yaml"
+    copy.write_text(printed.output)
+    assert load_config(copy) == load_config("recipe:demo/demo.yaml") == load_config("recipe:demo")
+    unknown = CliRunner().invoke(app, ["check", "recipe:dmo"])
+    assert unknown.exit_code == 2 and "no recipe 'dmo'" in unknown.output

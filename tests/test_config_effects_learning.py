@@ -118,6 +118,7 @@ def changed(settings: dict[str, Any], key: str, value: object) -> dict[str, Any]
         ("critic.loss_coefficient", SHARED, 0.1),
         ("critic.warmup_steps", GAE, 1),
         ("train_truncated", {}, False),
+        ("train_turns", {}, "last"),
     ],
 )
 def test_a_key_changes_the_weights(key: str, settings: dict[str, Any], value: object) -> None:

@@ -77,8 +77,8 @@ SCRATCH = {"tokenizer": {"corpus": "a:b"}}
         ),
         ("prompt_source.prompt_colum", "q", "unknown key prompt_source.prompt_colum; did you mean "
          "'prompt_column'?"),
-        ("tracking.zzz", 1, "unknown key tracking.zzz; keys: plots, progress, rollouts, "
-         "transcripts"),
+        ("tracking.zzz", 1, "unknown key tracking.zzz; keys: artifacts, finish_timeout_s, plots, "
+         "progress, rollouts, rollouts_logged, rollouts_logged_every, trackers, transcripts"),
     ],
 )  # fmt: skip
 def test_unknown_keys_at_every_depth(path: str, value: object, expected: str) -> None:
@@ -89,11 +89,11 @@ def test_unknown_keys_at_every_depth(path: str, value: object, expected: str) ->
     ("path", "value", "expected"),
     [
         ("environment", {"max_steps": 3}, "environment.type is missing; one of: smolagent, qa, "
-         "dialogue, python"),
+         "dialogue, agents, gymnasium, openenv, verifiers, python"),
         ("environment", {"type": "smolagents"}, "environment.type: there is no 'smolagents'; did "
          "you mean 'smolagent'?"),
         ("environment", {"type": "zzz"}, "environment.type: there is no 'zzz'; one of: smolagent, "
-         "qa, dialogue, python"),
+         "qa, dialogue, agents, gymnasium, openenv, verifiers, python"),
         ("environment", {**SMOLAGENT, "tool_format": {"type": "fence"}},
          "environment.tool_format.type: there is no 'fence'; did you mean 'fenced'?"),
         ("environment", {"type": "dialogue", "user": {}}, "environment.user.type is missing; one "

@@ -27,11 +27,13 @@ from retrain.config.load import merge
 from retrain.config.model import ModelConfig
 from retrain.config.presets import PRESETS
 from retrain.importing import import_object
+from retrain.loops.check import check
 from retrain.loops.resume import AT_A_COST, FREE
 from retrain.loops.world import build_sandbox
 from retrain.models import load_policy
 from retrain.rewards import resolve_reward
 from retrain.tools import resolve_tools
+from runs import rl_config, rollouts_of
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(
@@ -268,3 +270,17 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+
+
+def test_the_configs_and_the_protocol_on_the_page_about_agents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = unpack("docs/agents.md", tmp_path)
+    monkeypatch.chdir(folder)
+    assert "agent critic: policy, does not train" in check(load_config("debate.yaml"))
+    assert "agent lead: policy, trains; calls calculator" in check(load_config("team.yaml"))
+    quiz = {"type": "agents", "path": "quiz.py:Quiz", "agents": {"host": {}, "guest": {}}}
+    config = rl_config(folder, environment=quiz)
+    result = run_sync(config)
+    agents = [rollout.agent for rollout in rollouts_of(result.path)[1]]
+    assert agents[:5] == ["host", *["guest"] * 4]

@@ -15,7 +15,8 @@ import pytest
 from engine_servers.chat import ChatServer
 from engine_servers.server import EngineServer
 from engine_servers.wire import Answer
-from retrain.engines.openai import ChatEndpoint, ChatReply, _seconds, read_key
+from retrain.engines.openai import ChatEndpoint, ChatReply, endpoint_of, read_key
+from retrain.engines.openai.transport import retry_after_s, wait_s
 from retrain.types import InfrastructureError, UserError
 from tiny import byte_tokenizer, tiny_qwen3
 
@@ -120,17 +121,16 @@ async def test_the_server_says_how_long_to_wait() -> None:
         start = time.monotonic()
         assert (await ask(server.url, retries=1)).attempts == 2
     assert 0.3 <= time.monotonic() - start < 3
-    assert [_seconds(x) for x in (None, "", "2", "-1", "Wed, 21 Oct 2026")] == [
+    assert [retry_after_s(x) for x in (None, "", "2", "-1", "Wed, 21 Oct 2026")] == [
         None, None, 2.0, 0.0, None,
     ]  # fmt: skip
 
 
-async def test_waits_double_up_to_a_minute() -> None:
-    made = ChatEndpoint("http://host", "small", backoff_s=2.0)
+def test_waits_double_up_to_a_minute() -> None:
     for attempt, whole in ((1, 2), (2, 4), (5, 32), (6, 60), (40, 60)):
-        assert all(whole / 2 <= made._wait(attempt, None) <= whole for _ in range(20))
-    assert made._wait(1, 7.0) == 7.0
-    assert made._wait(1, 4000.0) == 60.0
+        assert all(whole / 2 <= wait_s(attempt, 2.0, None) <= whole for _ in range(20))
+    assert wait_s(1, 2.0, 7.0) == 7.0
+    assert wait_s(1, 2.0, 4000.0) == 60.0
 
 
 @pytest.mark.parametrize(
@@ -205,6 +205,54 @@ async def test_a_server_that_wants_the_other_name_of_the_length() -> None:
         {"max_completion_tokens": 5},
         {"max_completion_tokens": 6},
     ]
+
+
+async def test_a_schema_is_sent_unless_the_server_refuses_those_by_name() -> None:
+    schema = {"type": "object"}
+    refusal = Answer(400, {"error": {"message": "Unknown parameter: 'response_format'."}})
+    with ChatServer() as server:
+        async with endpoint(server.url) as made:
+            await made.chat(HELLO, schema=schema)
+            form = server.bodies[0]["response_format"]
+            assert form["type"] == "json_schema"
+            assert form["json_schema"]["schema"] == schema
+            server.knobs.delay_s, server.answers = 0.1, [refusal, refusal]
+            both = await asyncio.gather(*(made.chat(HELLO, schema=schema) for _ in range(2)))
+            assert [reply.text for reply in both] == ["Good."] * 2
+            await made.chat(HELLO, schema=schema)
+        assert ["response_format" in body for body in server.bodies[-3:]] == [False] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "cause"),
+    [
+        ({}, "needs the key 'url'"),
+        ({"url": "http://h", "modell": "m"}, "has no key 'modell'"),
+        ({"url": "http://h", "model": "m", "api_key": "sk-1"}, "has no key 'api_key'"),
+        ({"url": "http://h", "model": 3}, "model is 3"),
+        ({"url": "http://h", "model": "m", "retries": -1}, "retries is -1"),
+        ({"url": "http://h", "model": "m", "max_tokens": 1.5}, "max_tokens is 1.5"),
+        ({"url": "http://h", "model": "m", "timeout_s": 0}, "timeout_s is 0"),
+        ({"url": "http://h", "model": "m", "temperature": "low"}, "temperature is 'low'"),
+        ({"url": "h", "model": "m"}, "is not a web address"),
+        ({"url": "http://h", "model": "m", "api_key_env": "NOT_SET_4711"}, "is not set"),
+    ],
+)
+def test_an_endpoint_of_a_mapping_is_checked(given: dict[str, Any], cause: str) -> None:
+    with pytest.raises(UserError, match=re.escape(cause)) as refused:
+        endpoint_of(given, "judge")
+    assert str(refused.value).startswith("judge") and "sk-1" not in str(refused.value)
+
+
+async def test_an_endpoint_of_a_mapping_asks_as_described(monkeypatch: Any) -> None:
+    monkeypatch.setenv("POOL_KEY", KEY)
+    with ChatServer(api_key=KEY) as server:
+        given = {"url": server.url, "model": "small", "api_key_env": "POOL_KEY", "max_tokens": 5}
+        made = endpoint_of(given | {"temperature": 0.5, "completion_price": 2}, "judge")
+        assert (await made.chat(HELLO)).cost == 1 * 2 / 1e6
+        await made.close()
+        body = server.bodies[0]
+    assert (body["temperature"], body["max_tokens"]) == (0.5, 5)
 
 
 async def test_answers_that_say_little() -> None:

@@ -11,13 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner
 
-from retrain import Message, MessageType, Rollout, load_config, run_sync
-from retrain.cli import app
+from retrain import Message, load_config, run_sync
 from retrain.data import load_traces
-from retrain.loops.build import build_calculator
-from retrain.sandbox import MontySandbox
 
 ROOT = Path(__file__).parents[1]
 YAMLS = sorted(
@@ -44,17 +40,6 @@ TINY: dict[str, Any] = {
         },
     }
 }
-GOOD = """\
-A happy cat in golden light,
-A warm and merry, purring ball,
-We laugh and play from noon to night,
-A joyful friend, beloved by all."""
-WITH_S = """\
-The cat sits in the sun,
-It purrs and has some fun,
-A happy little one,
-When all the day is done."""
-NO_CAT = GOOD.replace("cat", "dog")
 
 
 @pytest.fixture(autouse=True)
@@ -68,65 +53,14 @@ def test_every_yaml_is_a_config(path: Path) -> None:
 
 
 def test_the_examples_yamls_are_among_them() -> None:
-    assert {"train.yaml", "poem.yaml", "demo.yaml"} <= {path.name for path in YAMLS}
-
-
-async def poem_reward(text: str) -> Rollout:
-    setup = load_config("examples/no_s_poem/poem.yaml").reward_setup
-    rollout = Rollout(stop_reason="answered")
-    rollout.add_messages(
-        Message("A poem, please.", MessageType.MESSAGE), Message(text, MessageType.MODEL)
-    )
-    await build_calculator(setup, MontySandbox()).score([rollout])
-    return rollout
-
-
-@pytest.mark.parametrize(
-    ("text", "total"),
-    [
-        (GOOD, 0 + 10 * 26 / 26 + 5 * 3 / 3 + 1),
-        (WITH_S, -100 + 10 * 16 / 22 + 5 * 2 / 3 + 1),
-        (NO_CAT, -110),
-        ("A happy cat.", -110),
-        ("A cat ball\n" * 4, -110),
-        ("", -110),
-    ],
-)
-async def test_poems_written_by_hand_get_what_the_rules_say(text: str, total: float) -> None:
-    assert (await poem_reward(text)).reward == pytest.approx(total, abs=1e-9)
-
-
-async def test_a_poems_parts_say_where_its_reward_comes_from() -> None:
-    parts = {part.name: part for part in (await poem_reward(WITH_S)).reward_parts}
-    assert parts["words_without_s"].raw == pytest.approx(16 / 22)
-    assert parts["words_without_s"].weight == 10
-    assert parts["penalize_text_containing"].value == -100
-    gated = (await poem_reward(NO_CAT)).reward_parts
-    assert [part.verifier for part in gated] == ["examples/no_s_poem/poem.py:mentions_a_cat"]
-
-
-def test_the_poem_checks_without_a_hub_and_without_warnings() -> None:
-    result = CliRunner().invoke(app, ["check", "examples/no_s_poem/poem.yaml"])
-    assert result.exit_code == 0, result.output
-    assert "failing it makes the total -110" in result.output
-    assert "warning" not in result.output
-
-
-def test_check_warns_when_a_poem_that_is_none_would_pay() -> None:
-    arguments = [
-        "check",
-        "examples/no_s_poem/poem.yaml",
-        "--set",
-        "reward_setup.verifier_penalty=0",
-    ]
-    result = CliRunner().invoke(app, arguments)
-    assert result.exit_code == 0, result.output
-    assert "pays 0, but passing can pay as little as -100" in result.output
+    assert {"train.yaml", "poem.yaml", "aime.yaml", "retool.yaml", "demo.yaml"} <= {
+        path.name for path in YAMLS
+    }
 
 
 def test_the_poem_runs_with_a_tiny_model(tmp_path: Path) -> None:
     settings = {"steps": 1, "prompts_per_step": 1, "group_size": 2, "warmup_steps": 0}
-    config = load_config("examples/no_s_poem/poem.yaml").model_dump(mode="json")
+    config = load_config("src/retrain/recipes/no_s_poem/poem.yaml").model_dump(mode="json")
     config |= {"model": TINY, "output_dir": str(tmp_path), "tracking": {"plots": False}}
     config["algorithm"]["hyperparameters"] |= settings | {"max_new_tokens": 8}
     config["evaluation"]["modes"][0]["repeats"] = 1

@@ -105,7 +105,7 @@ async def test_waits_double_and_belong_to_the_seed() -> None:
     assert waits == [one._wait("0/t/0", n) for n in range(1, 12)]
     assert len({one._wait(f"0/t/{i}", 1) for i in range(8)}) == 8
     world = World(fails=2)
-    rollout = await sampler(world, backoff_s=0.1).rollout(TASK)
+    (rollout,) = await sampler(world, backoff_s=0.1).episode(TASK)
     first, second, third = world.log["at"]
     assert 0.05 <= second - first < third - second < 0.25
     assert rollout.error is None
@@ -117,14 +117,14 @@ async def test_waits_double_and_belong_to_the_seed() -> None:
 
 async def test_there_is_no_retry_for_which_there_is_no_time() -> None:
     begun = time.perf_counter()
-    rollout = await sampler(World(fails=9), backoff_s=30.0, timeout_s=5.0).rollout(TASK)
+    (rollout,) = await sampler(World(fails=9), backoff_s=30.0, timeout_s=5.0).episode(TASK)
     assert time.perf_counter() - begun < 1
     assert rollout.error == "InfrastructureError: no room" and rollout.stop_reason == "error"
 
 
 async def test_a_rollout_over_its_deadline_is_not_retried_and_is_cleaned_up() -> None:
     world = World(hangs=True)
-    rollout = await sampler(world, timeout_s=0.1).rollout(TASK)
+    (rollout,) = await sampler(world, timeout_s=0.1).episode(TASK)
     assert len(world.log["at"]) == 1 and world.log["finished"] == ["0/t/0"]
     assert [f.kind for f in rollout.failures] == ["deadline"]
     assert rollout.error is not None and "0.1 s (rollout.timeout_s)" in rollout.error
@@ -139,7 +139,7 @@ async def test_rollouts_beyond_the_limit_wait_outside_their_clock() -> None:
 
 
 async def test_a_world_may_mask_its_rollout() -> None:
-    rollout = await sampler(World(), ["mask"]).rollout(TASK)
+    (rollout,) = await sampler(World(), ["mask"]).episode(TASK)
     assert rollout.failures == [Failure("environment", 1, "the world ended")]
     assert failure_metrics([rollout]) == {
         "rollouts/masked": 1.0,

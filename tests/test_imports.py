@@ -66,13 +66,13 @@ RULES: dict[str, tuple[str, ...]] = {
     "loops": (*PIECES, "loops.credit", "version"),
     "backends": PIECES,
     "native": (*PIECES, "loops.credit"),
-    "recipes": ("config",),
+    "recipes": PIECES,
     "retrain": ("types", "config", "version"),
     "cli": ("config", "retrain"),
 }
 
 LATE: dict[str, tuple[str, ...]] = {
-    "recipes": (*PIECES, "loops", "backends", "native"),
+    "recipes": ("loops", "backends", "native"),
     "cli": EVERYTHING,
     "retrain": EVERYTHING,
 }

@@ -139,9 +139,9 @@ def test_a_dialogue_that_a_model_plays(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Any] = []
-    real = retrain.loops.world.load_policy
+    real = retrain.loops.players.load_policy
     monkeypatch.setattr(
-        "retrain.loops.world.load_policy", lambda *a, **k: loads.append(a) or real(*a, **k)
+        "retrain.loops.players.load_policy", lambda *a, **k: loads.append(a) or real(*a, **k)
     )
     user = {
         "type": "model",

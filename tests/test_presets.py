@@ -30,7 +30,7 @@ GRPO: dict[str, Any] = {
     "loss": "ppo_clip", "clip": (0.2, 0.2), "dual_clip": None, "aggregation": "sequence_mean",
     "epochs": 1, "mini_batches": 1, "dynamic_sampling_rounds": 0, "kl": None, "correction": None,
     "critic": None, "overlong_punishment": None, "entropy_coefficient": 0.0,
-    "train_truncated": True,
+    "train_truncated": True, "train_turns": "all",
 }  # fmt: skip
 """Written down here once more, from the papers."""
 
@@ -134,6 +134,7 @@ def test_check_prints_what_a_name_amounts_to(name: str, tmp_path: Path) -> None:
 def test_check_prints_choices_that_no_preset_makes(tmp_path: Path) -> None:
     settings = hyperparameters(
         epochs=2, dual_clip=3.0, entropy_coefficient=0.01, train_truncated=False, credit="turn",
+        train_turns="last",
         steps=6, kl={"refresh_steps": 5}, correction={"kind": "mis", "level": "sequence"},
     )  # fmt: skip
     text = check(load_config(rl_config(tmp_path, algorithm={"hyperparameters": settings})))
@@ -144,6 +145,7 @@ def test_check_prints_choices_that_no_preset_makes(tmp_path: Path) -> None:
         "kl: k3 in the loss, coefficient 0.001, refreshed every 5 steps",
         "correction: mis by sequence, cap 2",
         "truncated rollouts do not train",
+        "only the last turn of a rollout trains",
     ):
         assert f"  {line}\n" in text
 

@@ -326,7 +326,8 @@ def test_names_resolve(tmp_path):
     for resolve, name, message in (
         (lambda n: resolve_reward(n, "rollout"), "exact_mach", "did you mean 'exact_match'"),
         (resolve_verifier, "finishd", "did you mean 'finished'"),
-        (lambda n: resolve_reward(n, "rollout"), "llm_judge", "import path"),
+        (lambda n: resolve_reward(n, "step"), "llm_judge", "is a rollout reward, not a step"),
+        (lambda n: resolve_reward(n, "rollout"), "pairwise_judge", "is a group reward"),
         (lambda n: resolve_reward(n, "group"), "f1", "rollout reward"),
         (lambda n: resolve_reward(n, "step"), "tool_calls", "rollout reward"),
         (lambda n: resolve_reward(n, "rollout"), f"{file}:gate", "is a verifier"),

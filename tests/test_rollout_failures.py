@@ -116,7 +116,7 @@ async def test_a_prompt_that_leaves_no_room_names_the_task() -> None:
     short = sampler(failures=0, context_limit=12)
     try:
         with pytest.raises(UserError, match=r"task t: the prompt has \d+ tokens; .* is 12"):
-            await short.rollout(TASK)
+            await short.episode(TASK)
     finally:
         await short.engine.close()
 

@@ -73,6 +73,26 @@ def test_what_follows_the_last_trained_token_is_left_out() -> None:
     assert list(sample.token_ids) == [1, 10]
 
 
+def test_the_last_turn_alone_may_train() -> None:
+    """Turns 1 to 3 of the fork are context then: the segments that hold only those are gone."""
+    (sample,) = to_samples(forked(), last_turn_only=True)
+    assert list(sample.token_ids) == [1, 2, 10, 4, 13, 5, 6, 15]
+    assert list(sample.loss_mask) == [0, 0, 0, 0, 0, 0, 0, 1]
+    assert sample.turns is not None and sample.turns[7] == 3
+    straight = Rollout("r")
+    say(straight, None, 0, [1, 2], 10, 11)
+    say(straight, 0, 4, [3], 12, 13)
+    (sample,) = to_samples(straight, last_turn_only=True)
+    assert list(sample.token_ids) == [1, 2, 10, 11, 3, 12, 13]
+    assert list(sample.loss_mask) == [0, 0, 0, 0, 0, 1, 1]
+
+
+def test_a_single_turn_is_the_last_one() -> None:
+    rollout = Rollout("r")
+    say(rollout, None, 0, [1, 2], 10, 11)
+    assert to_samples(rollout, last_turn_only=True) == to_samples(rollout)
+
+
 def test_masked_and_untrainable_rollouts_give_no_samples() -> None:
     masked, frozen = forked(), forked()
     masked.error = "the engine failed"

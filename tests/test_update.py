@@ -382,6 +382,35 @@ def test_truncated_rollouts_may_be_left_out_and_count_in_the_baseline() -> None:
     assert len({s.rollout_id for s in updating(tiny_gpt2()).samples(groups)}) == 4
 
 
+def straight(name: str, *rewards: float) -> list[list[Rollout]]:
+    """A group of calls of two tokens, a result, and answers of three, in one segment each."""
+    rollouts = []
+    for index, reward in enumerate(rewards):
+        rollout = Rollout(f"{name}/{index}", group_id=name)
+        say(rollout, None, 0, [1, 2, 3], 4 + index, 7)
+        say(rollout, 0, 5, [8, 9], 10, 11 + index, 14)
+        rollout.step_rewards, rollout.reward = [0.0, reward], reward
+        rollouts.append(rollout)
+    return [rollouts]
+
+
+async def test_with_train_turns_last_calls_have_no_gradient() -> None:
+    """The gradient is that of the answers alone, the calls being context; and not that of all."""
+    model = exact(tiny_gpt2)
+    update = updating(model, train_turns="last")
+    samples = update.samples(straight("x", 0, 1, 3))
+    assert [list(one.loss_mask) for one in samples] == [[0] * 7 + [1] * 3] * 3
+    found = await first_gradient(update, samples)
+    by_last = by_hand(straight("x", 0, 1, 3))
+    for one in by_last:
+        assert list(one.loss_mask) == [0, 0, 0, 1, 1, 0, 0, 1, 1, 1]
+        one.loss_mask = array("B", [0] * 7 + [1] * 3)
+    assert_same(found, plain_gradient(model, by_last, policy_gradient))
+    everything = updating(model)
+    of_all = await first_gradient(everything, everything.samples(straight("x", 0, 1, 3)))
+    assert any(not torch.allclose(found[name], of_all[name]) for name in found)
+
+
 def test_credit_by_turn_is_that_of_the_turns() -> None:
     """Step rewards 0, 0 and 0, 1: of mean 1/4."""
     update = updating(tiny_gpt2(), credit="turn", normalize_advantages="none")

@@ -12,7 +12,6 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,7 +41,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML or TOML file.")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A YAML or TOML file, or recipe:NAME.")
+]
 Set = Annotated[
     list[str] | None,
     typer.Option(
@@ -117,6 +118,25 @@ def check(config: ConfigFile, overrides: Set = None, debug: Debug = False) -> No
         typer.echo(check_config(loaded))
 
 
+@app.command()
+def recipes(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print this one, to start from.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """List the configs that come with the package; `retrain run recipe:NAME` runs one."""
+    with _errors(debug):
+        from retrain.config.recipes import about, recipe_path
+        from retrain.config.recipes import recipes as known
+
+        if name is not None:
+            typer.echo(recipe_path(name).read_text(encoding="utf-8"), nl=False)
+            return
+        for found, path in known():
+            typer.echo(f"{found}\n    {about(path)}" if about(path) else found)
+
+
 @app.command(cls=ResumingCommand)
 def demo(
     overrides: Set = None,
@@ -126,8 +146,8 @@ def demo(
     debug: Debug = False,
 ) -> None:
     """Teach a tiny model to use a tool, from scratch: the whole loop in about a minute."""
-    with _errors(debug), as_file(files("retrain") / "recipes" / "demo" / "demo.yaml") as recipe:
-        _run(recipe, _overrides(overrides, output_dir, seed), resume=resume)
+    with _errors(debug):
+        _run(Path("recipe:demo"), _overrides(overrides, output_dir, seed), resume=resume)
 
 
 @app.command(cls=ResumingCommand)

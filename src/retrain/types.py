@@ -220,6 +220,9 @@ class Rollout:
     group_id: str | None = None
     agent: str = "policy"
     trainable: bool = True
+    episode: str | None = None
+    """What the rollouts of several agents have in common that were made together; None where one
+    was made alone."""
     task: Task | None = None
     messages: list[Message] = field(default_factory=list)
     segments: list[Segment] = field(default_factory=list)

@@ -170,6 +170,9 @@ class Hyperparameters(Optimization):
     train_truncated: bool = True
     """Off (DAPO's overlong filtering): rollouts cut by a token budget or the context limit do not
     train; they still count in their group's baseline."""
+    train_turns: Literal["all", "last"] = "all"
+    """`all`: what was sampled in every turn of a rollout trains, tool calls included. `last`: that
+    of its last turn only, so that no call to a tool learns from what it led to."""
     overlong_punishment: OverlongConfig | None = None
     """Null: a turn's length costs nothing."""
 

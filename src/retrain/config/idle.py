@@ -5,9 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from retrain.config.algorithm import CLIPPED_LOSSES, TOKEN_ADVANTAGES
-from retrain.config.environment import PythonEnvironmentConfig, ToolEnvironmentConfig
+from retrain.config.environment import (
+    DialogueConfig,
+    PythonEnvironmentConfig,
+    QAConfig,
+    ToolEnvironmentConfig,
+)
 from retrain.config.monitors import MonitorsConfig
 from retrain.config.root import StageKind, TrainingConfig
+
+_OF_ROLLOUTS = ("rollouts_logged", "rollouts_logged_every")
 
 Stages = Sequence[tuple[str, StageKind, TrainingConfig]]
 
@@ -33,8 +40,24 @@ def idle_keys(config: TrainingConfig, stages: Stages) -> Iterator[tuple[str, str
             "Remove it, or add section evaluation (and a stage of kind eval where stages are "
             "listed).",
         )
+    if kinds == {"sft"} and (idle := config.tracking.changed(*_OF_ROLLOUTS)):
+        yield (
+            f"tracking.{' and tracking.'.join(idle)}: no stage makes rollouts",
+            "Remove it, or add a stage of kind rl or eval.",
+        )
     yield from _unrated_checkpoints(stages)
     yield from _idle_monitors(stages)
+    last_only = [
+        stage
+        for _, kind, stage in stages
+        if kind == "rl" and stage.algorithm.hyperparameters.train_turns == "last"
+    ]
+    if last_only and all(map(_has_one_turn, last_only)):
+        yield (
+            "algorithm.hyperparameters.train_turns: last does nothing: rollouts have one turn, "
+            "which trains either way",
+            "Remove it, or let rollouts have more (environment.tools and max_steps, or max_turns).",
+        )
 
 
 def _unrated_checkpoints(stages: Stages) -> Iterator[tuple[str, str]]:
@@ -77,6 +100,15 @@ def _has_tools(config: TrainingConfig) -> bool:
     if isinstance(environment, ToolEnvironmentConfig):
         return bool(environment.tools)
     return isinstance(environment, PythonEnvironmentConfig)
+
+
+def _has_one_turn(config: TrainingConfig) -> bool:
+    environment = config.environment
+    if isinstance(environment, ToolEnvironmentConfig):
+        return not environment.tools or environment.max_steps == 1
+    if isinstance(environment, DialogueConfig):
+        return environment.max_turns == 1
+    return isinstance(environment, QAConfig)
 
 
 def _has_ratio(config: TrainingConfig) -> bool:

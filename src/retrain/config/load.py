@@ -17,6 +17,7 @@ from retrain.config.base import Section
 from retrain.config.explain import explain, short
 from retrain.config.idle import idle_keys
 from retrain.config.presets import DECIDING
+from retrain.config.recipes import PREFIX, recipe_path
 from retrain.config.root import StageConfig, StageKind, TrainingConfig
 from retrain.types import UserError
 
@@ -32,7 +33,7 @@ def load_config(
     """Read, override and check a config, its stages (or those of the kind `only`) included.
 
     `overrides` are `dotted.key=value` strings whose values are YAML; list items go by index. Dates
-    and times become text.
+    and times become text. A path `recipe:NAME/FILE` is a config of the package's own.
 
     Raises:
         UserError: the file cannot be read, an override does not fit, or keys are wrong.
@@ -43,7 +44,9 @@ def load_config(
     elif isinstance(source, Mapping):
         raw, where = source, "config"
     else:
-        raw, where = _read_file(Path(source)), str(source)
+        where = str(source)
+        found = where.startswith(PREFIX)
+        raw = _read_file(recipe_path(where.removeprefix(PREFIX)) if found else Path(source))
     try:
         data = _plain(raw)
     except RecursionError:
@@ -172,7 +175,7 @@ def _require_sections(kind: StageKind, config: TrainingConfig, place: str) -> No
         rewards.step_reward_configs
         or rewards.rollout_reward_configs
         or rewards.group_reward_configs
-        or config.environment.type == "python"
+        or config.environment.type in ("python", "gymnasium", "openenv", "verifiers")
     )
     if kind == "rl" and not has_reward:
         raise UserError(

@@ -16,6 +16,8 @@ class RewardConfig(Section):
     """Factor on what the function returns."""
     params: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function."""
+    agents: list[str] | None = Field(None, min_length=1)
+    """Of several agents, those that it is for; by default all."""
     verifiers: list[str] = Field(default_factory=list)
     """Gate this reward: when one fails, the function is not called. Built-in names or import
     paths."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from retrain.config.agents import AgentsConfig
 from retrain.config.algorithm import TOKEN_ADVANTAGES, AlgorithmConfig
 from retrain.config.base import Section
 from retrain.config.data import PromptSourceConfig
@@ -14,15 +16,15 @@ from retrain.config.engine import EngineConfig, TorchEngineConfig
 from retrain.config.environment import EnvironmentConfig, QAConfig
 from retrain.config.model import ModelConfig
 from retrain.config.monitors import MonitorsConfig
-from retrain.config.rewards import RewardSetup
+from retrain.config.rewards import RewardConfig, RewardSetup
 from retrain.config.rollout import RolloutConfig
 from retrain.config.stages import (
     CheckpointConfig,
     EvaluationConfig,
     SandboxConfig,
     SFTConfig,
-    TrackingConfig,
 )
+from retrain.config.tracking import TrackingConfig
 
 StageKind = Literal["sft", "rl", "eval"]
 
@@ -168,6 +170,34 @@ class TrainingConfig(Section):
                 "engine.untie_embeddings does nothing here: only an adapter is loaded; remove it"
             )
         return self
+
+    @model_validator(mode="after")
+    def _agents_exist(self) -> TrainingConfig:
+        named = dict(self._agents_named())
+        if not named:
+            return self
+        section = self.environment
+        if not isinstance(section, AgentsConfig):
+            raise ValueError(
+                f"{next(iter(named))}: there is one agent only; it needs environment.type: agents"
+            )
+        for place, agents in named.items():
+            for agent in agents:
+                if agent not in section.agents:
+                    known = ", ".join(section.agents)
+                    raise ValueError(f"{place}: there is no agent {agent!r}; there are {known}")
+        return self
+
+    def _agents_named(self) -> Iterator[tuple[str, list[str]]]:
+        """The keys that name agents, and the names."""
+        if self.evaluation is not None and self.evaluation.agents is not None:
+            yield "evaluation.agents", self.evaluation.agents
+        setup = self.reward_setup
+        for kind in ("step", "rollout", "group"):
+            rewards: dict[str, RewardConfig] = getattr(setup, f"{kind}_reward_configs")
+            for name, reward in rewards.items():
+                if reward.agents is not None:
+                    yield f"reward_setup.{kind}_reward_configs.{name}.agents", reward.agents
 
     @model_validator(mode="after")
     def _rollouts_survive(self) -> TrainingConfig:

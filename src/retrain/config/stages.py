@@ -1,14 +1,14 @@
-"""The smaller sections: sandbox, checkpoint, tracking, evaluation, sft."""
+"""The smaller sections: sandbox, checkpoint, evaluation, sft."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from retrain.config.algorithm import Optimization
 from retrain.config.base import Section
-from retrain.config.data import PromptSourceConfig
+from retrain.config.data import PromptSourceConfig, refuse_shares
 
 
 class SandboxConfig(Section):
@@ -76,17 +76,6 @@ class CheckpointConfig(Section):
         return self
 
 
-class TrackingConfig(Section):
-    rollouts: bool = True
-    """Write every rollout, tokens included."""
-    plots: bool = True
-    """Draw `plots/curves.png` at the end."""
-    transcripts: int = Field(3, ge=0)
-    """Rollouts written out as text after each evaluation."""
-    progress: Literal["auto", "on", "off"] = "auto"
-    """`auto`: a live display when standard output is a terminal."""
-
-
 class EvaluationMode(Section):
     name: str = Field(pattern=r"^[\w.= -]+$")
     """Names the mode's rows and files."""
@@ -125,6 +114,8 @@ class EvaluationConfig(Section):
     """Of one MODEL turn; by default that of training."""
     modes: list[EvaluationMode] = Field(default_factory=_default_modes, min_length=1)
     """Each is run on every task."""
+    agents: list[str] | None = Field(None, min_length=1)
+    """Of several agents, whose rollouts count; by default those that train."""
     success_reward: str | None = None
     """The reward whose raw value decides success; None: the total reward."""
     success_threshold: float = 1.0
@@ -133,6 +124,12 @@ class EvaluationConfig(Section):
     """A metadata column: success is also reported for each of its values."""
     exclude: list[str] = Field(default_factory=list)
     """Values of `group_by` that are reported on their own but left out of the total."""
+
+    @field_validator("prompt_source")
+    @classmethod
+    def _asks_each_once(cls, source: PromptSourceConfig) -> PromptSourceConfig:
+        refuse_shares(source)
+        return source
 
     @model_validator(mode="after")
     def _consistent(self) -> EvaluationConfig:

@@ -1,12 +1,16 @@
 """Tasks and traces: from files, datasets and functions."""
 
-from retrain.data.cursor import Cursor
+from retrain.data.cursor import Cursor, Position
 from retrain.data.messages import messages_from_dicts, messages_to_dicts
-from retrain.data.sources import TaskSource, load_tasks
+from retrain.data.order import Succeeded, TaskCursor, TaskSource
+from retrain.data.sources import load_tasks
 from retrain.data.traces import Trace, TraceSource, load_traces
 
 __all__ = [
     "Cursor",
+    "Position",
+    "Succeeded",
+    "TaskCursor",
     "TaskSource",
     "Trace",
     "TraceSource",

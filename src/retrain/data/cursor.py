@@ -14,9 +14,10 @@ from retrain.data.tasks import fingerprint
 from retrain.data.traces import Trace
 from retrain.types import Task, UserError
 
-Position = Mapping[str, int | str]
-"""`epoch`; `taken`, the items of it that were handed out; `last`, the id of the last of them;
-`fingerprint` of them all, in order; and `size`, the items of an epoch where that is known."""
+Position = Mapping[str, Any]
+"""JSON-able. Of a `Cursor`: `epoch`; `taken`, the items of it that were handed out; `last`, the id
+of the last of them; `fingerprint` of them all, in order; and `size`, the items of an epoch where
+that is known."""
 
 _VALUES = (bytes, numbers.Number, datetime.date, datetime.time)
 """Whose `repr` is the same in every process."""
@@ -80,9 +81,9 @@ class Cursor(Generic[T]):
         self._items = items
         return item
 
-    def position(self) -> dict[str, int | str]:
+    def position(self) -> dict[str, Any]:
         """JSON-able, and of one size however much was taken."""
-        position: dict[str, int | str] = {
+        position: dict[str, Any] = {
             "epoch": self._epoch,
             "taken": self._passed.count,
             "last": self._passed.last,
@@ -90,6 +91,16 @@ class Cursor(Generic[T]):
         }
         size = self._size()
         return position if size < 0 else {**position, "size": size}
+
+    def rewound(self, before: Position) -> dict[str, Any]:
+        """`before` itself: what comes next depends on nothing else."""
+        return dict(before)
+
+    def observe(self, rollouts: object, succeeded: object) -> None:
+        """Nothing: the order does not depend on what becomes of the items."""
+
+    def metrics(self, source: str = "") -> dict[str, float]:
+        return {}
 
     def restore(self, position: Position) -> None:
         """Go to where another cursor over the same data was; on an error this one stays.

@@ -46,6 +46,32 @@ def row_of(value: Any, place: str) -> Row:
     )
 
 
+_COLUMN_HINT = "Map the columns with prompt_column, answer_column, ... to names that exist."
+
+
+def column(row: Row, name: str, *, hint: str = _COLUMN_HINT) -> Any:
+    """A column's value; where no column has the name, `a.b` is key or index b of a.
+
+    Raises:
+        UserError: the row has no such column; names what there is, and `hint` as the next step.
+    """
+    if name in row.columns:
+        return row.columns[name]
+    found: Any = row.columns
+    inside = ""
+    for part in name.split("."):
+        if isinstance(found, Mapping) and part in found:
+            found = found[part]
+        elif isinstance(found, list | tuple) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            names = ", ".join(map(str, found)) if isinstance(found, Mapping) else ""
+            where = f"in {inside} there is" if inside else "there is"
+            raise UserError(f"{row.place}: no column {name!r}; {where}: {names or 'none'}", hint)
+        inside = f"{inside}.{part}".removeprefix(".")
+    return found
+
+
 def data_files(path: str | Path, format: str = "auto") -> list[tuple[Path, str]]:
     """The data files that a path means, with their formats; a directory's in order of name.
 

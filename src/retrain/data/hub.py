@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from retrain.types import UserError
 
 _SAVED_ONE = "state.json"
 _SAVED_SPLITS = "dataset_dict.json"
+_ROWS = re.compile(r"(?P<name>[^\[\]+:%]+)(\[(?P<first>\d*):(?P<last>\d*)\])?")
 
 
 def is_saved_dataset(path: str | Path) -> bool:
@@ -22,10 +25,12 @@ def is_saved_dataset(path: str | Path) -> bool:
 def read_dataset(
     path: str, *, name: str | None = None, split: str = "train", streaming: bool = False
 ) -> Iterator[Row]:
-    """Rows of one split, in order. What `save_to_disk` wrote is memory-mapped in any case.
+    """Rows of one split or of parts of splits (`train[:100]`, `train[80%:]`, `train+test`), in
+    order. What `save_to_disk` wrote is memory-mapped in any case.
 
     Raises:
-        UserError: `datasets` is missing, or there is no such dataset, configuration or split.
+        UserError: `datasets` is missing, there is no such dataset, configuration or split, or a
+            stream is to be cut elsewhere than at rows counted from its start.
     """
     try:
         import datasets
@@ -39,10 +44,13 @@ def read_dataset(
         local = Path(path).expanduser()
         if local.is_dir() and not any(file.is_file() for file in local.rglob("[!.]*")):
             raise UserError(f"no data files in the directory {path}", "Put one there.")
+        whole, first, last = _cut(path, split) if streaming else (split, 0, None)
         try:
             rows = datasets.load_dataset(
-                str(local) if local.exists() else path, name, split=split, streaming=streaming
+                str(local) if local.exists() else path, name, split=whole, streaming=streaming
             )
+            if streaming:
+                rows = rows.skip(first) if last is None else rows.skip(first).take(last - first)
         except (
             OSError,
             ValueError,
@@ -57,7 +65,21 @@ def read_dataset(
         yield Row(columns, f"{path}[{split}], row {number}")
 
 
-def _load_saved(path: str, name: str | None, split: str) -> Any:
+def _cut(path: str, split: str) -> tuple[str, int, int | None]:
+    """A stream's split, and from which row and to before which row it goes."""
+    found = _ROWS.fullmatch(split)
+    if found is None:
+        raise UserError(
+            f"{path} is streamed, and its split {split!r} is not one of rows",
+            "Write train or train[100:200], or set streaming: false.",
+        )
+    first, last = int(found["first"] or 0), int(found["last"]) if found["last"] else None
+    if last is not None and last <= first:
+        raise UserError(f"{path}: the split {split!r} has no row", "Write train[100:200].")
+    return found["name"], first, last
+
+
+def _load_saved(path: str, name: str | None, split: str) -> Iterable[Any]:
     import datasets
 
     if name is not None:
@@ -71,12 +93,17 @@ def _load_saved(path: str, name: str | None, split: str) -> Any:
     else:
         own = str(loaded.split) if loaded.split is not None else "train"
         splits, loaded = [own], {own: loaded}
-    if split not in splits:
+    try:
+        instruction = datasets.ReadInstruction.from_spec(split)
+        parts = instruction.to_absolute({name: len(loaded[name]) for name in splits})
+    except ValueError as error:
         raise UserError(
             f"{path} has no split {split!r}; there is: {', '.join(splits)}",
-            "Set prompt_source.split to one of them.",
-        )
-    return loaded[split]
+            "Set prompt_source.split to one of them, or to a part such as train[:100].",
+        ) from error
+    return chain.from_iterable(
+        loaded[part.splitname].select(range(part.from_, part.to)) for part in parts
+    )
 
 
 def _last_cause(error: BaseException) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from retrain.config.data import template_columns
-from retrain.data.files import Row
+from retrain.data.files import Row, column
 from retrain.data.messages import messages_from_dicts, messages_to_dicts
 from retrain.types import Message, MessageType, Task, UserError
 
@@ -50,6 +50,9 @@ class TaskBuilder:
     prompt_template: str | None = None
     content_ids: bool = True
     """Ids hash the prompt alone. Off, they hash the place too, so that duplicates differ."""
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    """Added to the metadata of each task."""
+    id_prefix: str = ""
     _template_columns: tuple[str, ...] = field(init=False, repr=False, default=())
 
     def __post_init__(self) -> None:
@@ -73,7 +76,8 @@ class TaskBuilder:
             source = " ".join(raw.split())
         prompt = self._with_system(own, row.place)
         key = fingerprint(prompt)
-        task = Task(self._id(row, key), prompt, self._answer(row), self._metadata(row))
+        metadata = self._with_constants(self._metadata(row), row.place)
+        task = Task(self.id_prefix + self._id(row, key), prompt, self._answer(row), metadata)
         return Candidate(task, key, source, row.place)
 
     def _pass_through(self, task: Task, place: str) -> Candidate:
@@ -91,7 +95,10 @@ class TaskBuilder:
         if not task.prompt:
             raise UserError(f"{place}: task {task.id!r} has no prompt", "Give it a message.")
         prompt = self._with_system(task.prompt, place)
-        task = replace(task, prompt=prompt)
+        metadata = task.metadata
+        if self.constants:
+            metadata = self._with_constants(metadata, place)
+        task = replace(task, id=self.id_prefix + task.id, prompt=prompt, metadata=metadata)
         return Candidate(task, fingerprint(prompt), fingerprint(task.prompt), place)
 
     def _text(self, row: Row) -> tuple[str, str]:
@@ -179,20 +186,14 @@ class TaskBuilder:
         used = {own_prompt, self.answer_column, self.id_column}
         return {name: value for name, value in row.columns.items() if name not in used}
 
-
-def column(row: Row, name: str) -> Any:
-    """A column's value.
-
-    Raises:
-        UserError: the row has no such column; names those that it has.
-    """
-    if name not in row.columns:
-        names = ", ".join(map(str, row.columns)) or "none"
-        raise UserError(
-            f"{row.place}: no column {name!r}; there is: {names}",
-            "Map the columns with prompt_column, answer_column, ... to names that exist.",
-        )
-    return row.columns[name]
+    def _with_constants(self, metadata: dict[str, Any], place: str) -> dict[str, Any]:
+        for name in self.constants:
+            if name in metadata:
+                raise UserError(
+                    f"{place}: has the metadata {name!r}, which the source sets for all",
+                    "List metadata_columns without it, or rename one of the two.",
+                )
+        return {**metadata, **self.constants}
 
 
 def messages_column(row: Row, name: str) -> tuple[Message, ...]:

@@ -1,5 +1,6 @@
 """Worlds to act in."""
 
+from retrain.envs.agents import Episode, MultiAgentEnvironment, Participant, Player, Role
 from retrain.envs.base import Agent, Environment, Step
 from retrain.envs.dialogue import DialogueEnvironment, ScriptedUser, SimulatedUser
 from retrain.envs.tools import TOOLS_OFF, ToolEnvironment
@@ -9,6 +10,11 @@ __all__ = [
     "Agent",
     "DialogueEnvironment",
     "Environment",
+    "Episode",
+    "MultiAgentEnvironment",
+    "Participant",
+    "Player",
+    "Role",
     "ScriptedUser",
     "SimulatedUser",
     "Step",

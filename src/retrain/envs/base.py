@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -88,8 +88,16 @@ class Environment:
     async def close(self) -> None:
         """Release what the environment as a whole holds; called once, at the end of the run."""
 
-    async def run(self, task: Task, agent: Agent) -> Rollout:
-        """One rollout, from reset to stop.
+    def starts(self, task: Task) -> Sequence[tuple[Sequence[Message], Sequence[ToolSchema]]]:
+        """What each agent that the task alone sets going begins with, and may call."""
+        return [(self.opening(task), self.tools_for(task))]
+
+    def cast(self, agent: Agent) -> Sequence[Agent]:
+        """Who takes part, as far as that is known beforehand; by default the policy alone."""
+        return [agent]
+
+    async def run(self, task: Task, agent: Agent) -> Rollout | list[Rollout]:
+        """One rollout, from reset to stop; or, where several agents act, one of each.
 
         Raises:
             UserError: `reset` or `step` raised; the rollout so far is shown.
@@ -103,7 +111,7 @@ class Environment:
             tools = self.tools_for(task)
             while rollout.stop_reason is None:
                 message = await agent.act(rollout, tools)
-                rollout.stop_reason = _cut_short(message)
+                rollout.stop_reason = cut_short(message)
                 if rollout.stop_reason is not None:
                     rollout.env_rewards.append(0.0)
                     break
@@ -116,13 +124,13 @@ class Environment:
                     rollout.stop_reason = "max_steps"
         finally:
             with self._blamed("finish", rollout):
-                await self._finish(rollout)
+                await self._bounded(self.finish(rollout), rollout)
         return rollout
 
-    async def _finish(self, rollout: Rollout) -> None:
+    async def _bounded(self, cleaning: Awaitable[None], rollout: Rollout) -> None:
         failed = ""
         try:
-            await within(self.finish(rollout), FINISH_S)
+            await within(cleaning, FINISH_S)
         except Late:
             failed = f"is not done after {FINISH_S:g} s, and is left behind"
         except InfrastructureError as error:
@@ -147,7 +155,8 @@ class Environment:
             ) from error
 
 
-def _cut_short(message: Message) -> StopReason | None:
+def cut_short(message: Message) -> StopReason | None:
+    """Why a turn ended that did not end by itself."""
     reason = message.turn.finish_reason if message.turn else None
     if reason == "length":
         return "length"

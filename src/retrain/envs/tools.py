@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 
 from retrain.envs.base import Environment, Step
 from retrain.importing import suggest
 from retrain.rendering import Renderer, ToolSchema
-from retrain.tools import Tool, ToolResult, ToolRunner, tool_schema
+from retrain.tools import Tool, ToolResult, ToolRunner, close_tools, tool_schema
 from retrain.types import Message, MessageType, Rollout, Task, UserError
 
 TOOLS_OFF = "The tools are switched off."
@@ -123,10 +122,7 @@ class ToolEnvironment(Environment):
             await self._runner.aclose()
 
     async def close(self) -> None:
-        for tool in self.tools:
-            close = getattr(tool, "close", None)
-            if inspect.iscoroutinefunction(close):
-                await close()
+        await close_tools(self.tools)
 
     def _count(self, rollout: Rollout, result: ToolResult) -> None:
         _add(rollout, f"tool_calls/{result.status}", 1.0)

@@ -103,6 +103,7 @@ def _spec(key: str, config: RewardConfig, kind: RewardKind, sandbox: Sandbox) ->
         kind=kind,
         weight=config.weight,
         params=params,
+        agents=None if config.agents is None else tuple(config.agents),
         verifiers=tuple((name, resolve_verifier(name)) for name in config.verifiers),
         verifier_penalty=config.verifier_penalty,
         distribution_strategy=strategy,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from retrain.config.adapters import GymnasiumConfig, OpenEnvConfig, VerifiersConfig
+from retrain.config.agents import AgentsConfig
 from retrain.config.algorithm import Hyperparameters, Optimization
 from retrain.config.engine import TorchEngineConfig
 from retrain.config.environment import (
@@ -15,21 +17,24 @@ from retrain.config.load import resolve_stages
 from retrain.config.root import READ_BY, StageKind, TrainingConfig
 from retrain.config.stages import SandboxConfig
 from retrain.data import load_tasks
+from retrain.loops.adapters import describe_adapter
 from retrain.loops.build import build_calculator
 from retrain.loops.engines import check_interpreter
 from retrain.loops.evaluate import held_out_tasks
 from retrain.loops.pipeline import overlapping
 from retrain.loops.sft import traces_and_steps
+from retrain.loops.success import check_curricula
 from retrain.loops.update import check_critic
 from retrain.loops.world import (
-    asks_an_endpoint,
     build_sandbox,
-    build_tools,
+    endpoints_asked,
     import_environment,
     runs_code,
+    tool_schemas,
 )
 from retrain.models.load import check_origin, choose_device
 from retrain.rewards import RewardCalculator
+from retrain.tracking.trackers import active_trackers, check_tracker
 
 
 def check(config: TrainingConfig) -> str:
@@ -53,8 +58,21 @@ def check(config: TrainingConfig) -> str:
         lines.append(f"stage {number}, {name} ({kind}):")
         lines += [f"  {line}" for line in _describe(kind, stage)]
     lines += [f"note: {line}" for line in _idle_sections(config, stages)]
+    lines += _trackers(config)
     lines.append(f"resuming: {_resuming(config, stages)}")
     return "\n".join(lines)
+
+
+def _trackers(config: TrainingConfig) -> Iterator[str]:
+    """
+    Raises:
+        UserError: a tracker's package is missing, or there is no such class.
+    """
+    for tracker in active_trackers(config.tracking):
+        check_tracker(tracker)
+        given = tracker.model_dump(exclude={"type"}, exclude_none=True)
+        settings = ", ".join(f"{key} {value}" for key, value in given.items() if value)
+        yield f"tracker {tracker.type}" + (f": {settings}" if settings else "")
 
 
 def _engine(config: TrainingConfig) -> Iterator[str]:
@@ -106,8 +124,9 @@ def _resuming(
     if generates and exact is False:
         why = "deterministic is false" if engine.type == "torch" else f"type is {engine.type}"
         reasons.append(f"engine.{why}")
-    if any(asks_an_endpoint(stage) for _, _, stage in stages):
-        reasons.append("an endpoint plays the user")
+    reasons += dict.fromkeys(
+        clause for _, kind, stage in stages if kind != "sft" for clause in endpoints_asked(stage)
+    )
     reasons += [f"max_staleness is {n} in {name}" for name, n in overlapping(config).items()]
     if reasons:
         return f"goes on, but not bit for bit: {', '.join(reasons)}"
@@ -122,7 +141,7 @@ def _describe(kind: StageKind, config: TrainingConfig) -> Iterator[str]:
         yield from _sft(config)
         return
     calculator = build_calculator(config.reward_setup, build_sandbox(config))
-    yield from _rl(config) if kind == "rl" else _eval(config, calculator)
+    yield from _rl(config, calculator) if kind == "rl" else _eval(config, calculator)
     yield from _environment(config)
     if runs_code(config):
         yield _sandbox(config.sandbox)
@@ -138,9 +157,10 @@ def _sft(config: TrainingConfig) -> Iterator[str]:
     yield from _late_checkpoints(config, steps)
 
 
-def _rl(config: TrainingConfig) -> Iterator[str]:
+def _rl(config: TrainingConfig, calculator: RewardCalculator) -> Iterator[str]:
     settings = config.algorithm.hyperparameters
     assert config.prompt_source is not None
+    check_curricula(config.prompt_source, [spec.name for spec in calculator.specs])
     yield from _block("prompts", load_tasks(config.prompt_source, seed=config.seed).summary())
     yield (
         f"{config.algorithm.name} on {config.algorithm.backend}: {settings.steps} steps of "
@@ -194,6 +214,8 @@ def describe_choices(settings: Hyperparameters) -> Iterator[str]:
         yield f"dynamic sampling: up to {settings.dynamic_sampling_rounds} further rounds"
     if not settings.train_truncated:
         yield "truncated rollouts do not train"
+    if settings.train_turns == "last":
+        yield "only the last turn of a rollout trains"
     if (overlong := settings.overlong_punishment) is not None:
         share = f"{overlong.buffer_share:.0%} of max_new_tokens"
         yield f"overlong punishment: over the last {share}, up to {overlong.weight:g}"
@@ -227,15 +249,32 @@ def _environment(config: TrainingConfig) -> Iterator[str]:
     section = config.environment
     yield f"environment: {section.type}"
     if isinstance(section, ToolEnvironmentConfig):
-        for tool in build_tools(config, build_sandbox(config)):
-            parameters = ", ".join(tool.parameters.get("properties", {}))
-            yield f"  tool {tool.name}({parameters}): {_first_line(tool.description)}"
+        for schema in tool_schemas(config, build_sandbox(config)):
+            tool = schema["function"]
+            parameters = ", ".join(tool["parameters"].get("properties", {}))
+            yield f"  tool {tool['name']}({parameters}): {_first_line(tool['description'])}"
         yield f"  calls: {section.tool_format.type}; at most {section.max_steps} turns"
+    elif isinstance(section, AgentsConfig):
+        yield from _agents(section)
     elif isinstance(section, DialogueConfig):
         yield f"  user: {section.user.type}; at most {section.max_turns} turns"
+    elif isinstance(section, GymnasiumConfig | OpenEnvConfig | VerifiersConfig):
+        yield f"  {describe_adapter(section)}"
     elif isinstance(section, PythonEnvironmentConfig):
         import_environment(section)
         yield f"  {section.path}"
+
+
+def _agents(section: AgentsConfig) -> Iterator[str]:
+    for name, agent in section.agents.items():
+        trains = agent.trainable and agent.player.type == "policy"
+        may = [*(tool.name for tool in agent.tool_list()), *agent.calls]
+        yield (
+            f"  agent {name}: {agent.player.type}, {'trains' if trains else 'does not train'}"
+            + (f"; calls {', '.join(may)}" if may else "")
+        )
+    if section.path is not None:
+        yield f"  conducted by {section.path}"
 
 
 def _sandbox(section: SandboxConfig) -> str:

@@ -39,7 +39,7 @@ class RunState:
     """Of the policy."""
     evaluated: bool = True
     """Whether the evaluation that is due after `step` has been made."""
-    position: dict[str, int | str] = field(default_factory=dict)
+    position: dict[str, Any] = field(default_factory=dict)
     """In the stage's data."""
     updates: int = 0
     """Of the stage's learner."""

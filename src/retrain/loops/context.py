@@ -12,12 +12,11 @@ from pathlib import Path
 
 from retrain.config.root import TrainingConfig
 from retrain.data import TaskSource
-from retrain.data.sources import TaskStream
 from retrain.engines import PolicyEngine
 from retrain.learner import Critic, NotFiniteError
 from retrain.loops.checkpoint import RunState, Saved, Training, backbone, generators, write_state
 from retrain.loops.interrupt import Interrupted, Stop
-from retrain.loops.world import UserModel
+from retrain.loops.players import LoadedModel
 from retrain.models import Policy, save_policy
 from retrain.rollout import Sampler
 from retrain.sandbox import Sandbox
@@ -25,6 +24,7 @@ from retrain.tracking.checkpoints import Checkpoints
 from retrain.tracking.progress import Progress
 from retrain.tracking.report import EvaluationResult
 from retrain.tracking.run_dir import RunDirectory
+from retrain.tracking.trackers import Trackers
 from retrain.types import Rollout, UserError
 
 logger = logging.getLogger(__name__)
@@ -43,8 +43,9 @@ class RunContext:
     policy: Policy
     engine: PolicyEngine
     sandbox: Sandbox
-    user_models: dict[str, UserModel] = field(default_factory=dict)
-    """Models that play users, loaded once however many stages and modes use them."""
+    trackers: Trackers = field(default_factory=Trackers)
+    user_models: dict[str, LoadedModel] = field(default_factory=dict)
+    """Models that play users and agents, loaded once however many stages and modes use them."""
     critic: Critic | None = None
     """Of the present stage of RL, or the last one, if it had one."""
     version: int = 0
@@ -118,6 +119,7 @@ class RunContext:
     def note(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         """Write metrics down."""
         self.run.log_metrics(stage, step, metrics)
+        self.trackers.log_metrics(stage, step, metrics)
         self.latest |= {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def stand(self, state: RunState) -> RunState:
@@ -205,20 +207,18 @@ def check_prompts_fit(tasks: TaskSource, sampler: Sampler, place: str) -> None:
     Raises:
         UserError: a prompt leaves no room for an answer.
     """
-    if isinstance(tasks, TaskStream):
-        return
     longest = heapq.nlargest(
-        _PROMPTS_RENDERED, tasks.epoch(0), key=lambda t: sum(len(m.content) for m in t.prompt)
+        _PROMPTS_RENDERED, tasks.known(), key=lambda t: sum(len(m.content) for m in t.prompt)
     )
     limit = sampler.engine.context_limit
     for task in longest:
-        rollout = Rollout(task=task)
-        rollout.add_messages(*sampler.environment.opening(task))
-        schemas = sampler.environment.tools_for(task)
-        tokens = len(sampler.renderer.prompt(rollout, schemas).token_ids)
-        if tokens >= limit:
-            raise UserError(
-                f"{place}: the prompt of task {task.id} has {tokens} tokens; "
-                f"the context limit is {limit}",
-                "Shorten the prompt, or raise engine.context_limit if the model allows it.",
-            )
+        for opening, schemas in sampler.environment.starts(task):
+            rollout = Rollout(task=task)
+            rollout.add_messages(*opening)
+            tokens = len(sampler.renderer.prompt(rollout, schemas).token_ids)
+            if tokens >= limit:
+                raise UserError(
+                    f"{place}: the prompt of task {task.id} has {tokens} tokens; "
+                    f"the context limit is {limit}",
+                    "Shorten the prompt, or raise engine.context_limit if the model allows it.",
+                )

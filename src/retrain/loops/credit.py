@@ -195,12 +195,13 @@ def _tensor(values: Sequence[float]) -> Tensor:
 
 
 def by_agent(groups: Sequence[Sequence[Rollout]]) -> Iterator[list[Rollout]]:
-    """The rollouts that are compared with each other; masked ones are with none."""
+    """The rollouts that are compared with each other: those of one agent, and of one group where
+    an episode has groups of its own. Masked ones are with none."""
     for group in groups:
-        agents: dict[str, list[Rollout]] = {}
+        agents: dict[tuple[str, str | None], list[Rollout]] = {}
         for rollout in group:
             if rollout.error is None:
-                agents.setdefault(rollout.agent, []).append(rollout)
+                agents.setdefault((rollout.agent, rollout.group_id), []).append(rollout)
         yield from agents.values()
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import length_hint
 
 from retrain.config.environment import ToolEnvironmentConfig
 from retrain.config.root import TrainingConfig
 from retrain.config.stages import EvaluationConfig, EvaluationMode
 from retrain.data import TaskSource, load_tasks
-from retrain.data.sources import TaskStream
 from retrain.engines import SamplingParams
 from retrain.loops.build import build_calculator, build_sampler
 from retrain.loops.context import RunContext, check_prompts_fit
@@ -81,6 +81,7 @@ class EvalStage:
     async def close(self) -> None:
         for _, sampler in self.samplers:
             await sampler.environment.close()
+        await self.calculator.close()
 
     async def execute(self, context: RunContext) -> None:
         context.progress.stage(self.name, total=len(self.samplers), kind="eval")
@@ -105,8 +106,10 @@ class EvalStage:
             metrics[f"eval/{mode.name}/masked"] = float(masked)
             write_failures(context.run, stage, step, rollouts, f"{stage} step {step}, {mode.name}")
             metrics[f"eval/{mode.name}/seconds"] = time.perf_counter() - started
+            name = f"{stage}-{_file_name(mode.name)}"
             if self.config.tracking.rollouts:
-                context.run.write_rollouts(f"{stage}-{_file_name(mode.name)}", step, rollouts)
+                context.run.write_rollouts(name, step, rollouts)
+            context.trackers.log_rollouts(name, step, rollouts)
             if report:
                 context.progress.update(done, metrics)
                 self._write_transcripts(context, stage, mode, rollouts)
@@ -125,7 +128,7 @@ class EvalStage:
         n = successes = 0
         total = 0.0
         for rollout in rollouts:
-            if rollout.error is not None:
+            if rollout.error is not None or not _counts(rollout, settings.agents):
                 continue
             won = is_success(rollout, settings.success_reward, settings.success_threshold)
             value = _group_value(rollout, settings.group_by)
@@ -181,9 +184,11 @@ def check_groups(tasks: TaskSource, settings: EvaluationConfig) -> None:
     Raises:
         UserError: one does not.
     """
-    if settings.group_by is None or isinstance(tasks, TaskStream):
+    if settings.group_by is None:
         return
-    values = {_value_of(task, settings.group_by) for task in tasks.epoch(0)}
+    values = {_value_of(task, settings.group_by) for task in tasks.known()}
+    if length_hint(tasks, -1) < 0:
+        return
     for value in settings.exclude:
         if value not in values:
             raise UserError(
@@ -202,6 +207,12 @@ def check_modes(modes: Sequence[EvaluationMode], config: TrainingConfig) -> None
                 "but the environment has no tools to switch off",
                 "Remove the key, or list tools under environment.tools.",
             )
+
+
+def _counts(rollout: Rollout, agents: Sequence[str] | None) -> bool:
+    if rollout.episode is None:
+        return True
+    return rollout.trainable if agents is None else rollout.agent in agents
 
 
 def _group_value(rollout: Rollout, column: str | None) -> str | None:

@@ -22,8 +22,8 @@ def rollout_metrics(
     per_turn: bool = False,
     min_group_size: int = 1,
 ) -> dict[str, float]:
-    """Means over the kept rollouts, stale ones included; counts of masked and stale ones, forks and
-    groups that teach nothing.
+    """Means over the kept rollouts that train, stale ones included; counts of masked and stale
+    ones, forks and groups that teach nothing; and, where several agents act, each one's reward.
 
     Args:
         version: of the policy that is about to learn from them.
@@ -44,6 +44,8 @@ def rollout_metrics(
         ),
         "forks": float(sum(rollout.num_forks for rollout in rollouts)),
     }
+    metrics |= _by_agent(kept)
+    kept = [rollout for rollout in kept if rollout.trainable]
     if not kept:
         return metrics
     rewards = [rollout.reward for rollout in kept]
@@ -62,6 +64,21 @@ def rollout_metrics(
     metrics["staleness/steps_max"] = float(max(map(freshness.steps_behind, kept)))
     metrics |= _by_name(kept)
     metrics |= _shares(kept)
+    return metrics
+
+
+def _by_agent(kept: Sequence[Rollout]) -> dict[str, float]:
+    """Where several agents act: each one's reward, and the means of what its rollouts carry."""
+    agents: dict[str, list[Rollout]] = {}
+    for rollout in kept:
+        if rollout.episode is not None:
+            agents.setdefault(rollout.agent, []).append(rollout)
+    metrics: dict[str, float] = {}
+    for name, own in agents.items():
+        metrics[f"agent/{name}/reward"] = statistics.fmean(rollout.reward for rollout in own)
+        for carried in {key for rollout in own for key in rollout.metrics}:
+            values = [rollout.metrics.get(carried, 0.0) for rollout in own]
+            metrics[f"agent/{name}/{carried}"] = statistics.fmean(values)
     return metrics
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrain.config.root import TrainingConfig
-from retrain.data import Cursor
+from retrain.data import Position, TaskCursor
 from retrain.types import Rollout, Task, UserError
 
 
@@ -26,7 +26,7 @@ class SampledGroup:
 @dataclass(frozen=True)
 class _Started:
     key: tuple[int, str]
-    before: dict[str, int | str]
+    before: Position
     """Where the data stood before its task was drawn."""
     work: asyncio.Task[SampledGroup]
 
@@ -47,7 +47,7 @@ class Pipeline:
     """
 
     def __init__(
-        self, tasks: Cursor[Task], sample: Callable[[int, Task], Awaitable[list[Rollout]]]
+        self, tasks: TaskCursor, sample: Callable[[int, Task], Awaitable[list[Rollout]]]
     ) -> None:
         self._tasks = tasks
         self._sample = sample
@@ -61,9 +61,11 @@ class Pipeline:
         """Groups that were started and not handed out."""
         return len(self._queue)
 
-    def position(self) -> dict[str, int | str]:
-        """Of the first task whose group was not handed out."""
-        return self._queue[0].before if self._queue else self._tasks.position()
+    def position(self) -> dict[str, Any]:
+        """From which the tasks come again whose groups were not handed out."""
+        if not self._queue:
+            return self._tasks.position()
+        return self._tasks.rewound(self._queue[0].before)
 
     def begin_step(self) -> None:
         """What is taken from now on is another step's."""

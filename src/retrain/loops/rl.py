@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from retrain.config.algorithm import TOKEN_ADVANTAGES, Hyperparameters
 from retrain.config.root import TrainingConfig
-from retrain.data import Cursor, TaskSource, load_tasks
+from retrain.data import TaskCursor, TaskSource, load_tasks
 from retrain.engines import SamplingParams
 from retrain.learner import NotFiniteError
 from retrain.loops.build import build_calculator, build_sampler
@@ -26,6 +26,7 @@ from retrain.loops.evaluate import EvalStage
 from retrain.loops.metrics import rollout_metrics
 from retrain.loops.monitors import Monitors
 from retrain.loops.pipeline import Pipeline, SampledGroup, seconds_under_way
+from retrain.loops.success import check_curricula, success_of
 from retrain.loops.survivors import Freshness, Losses, large_enough, smallest_group
 from retrain.loops.update import PolicyUpdate, build_update, check_critic
 from retrain.loops.worker import Worker
@@ -65,13 +66,15 @@ class RLStage:
         )
         check_prompts_fit(tasks, sampler, "prompt_source")
         check_critic(settings)
+        calculator = build_calculator(config.reward_setup, context.sandbox)
+        check_curricula(config.prompt_source, [spec.name for spec in calculator.specs])
         during = config.evaluation is not None and config.evaluation.every_steps is not None
         return cls(
             name=name,
             config=config,
             settings=settings,
             tasks=tasks,
-            calculator=build_calculator(config.reward_setup, context.sandbox),
+            calculator=calculator,
             sampler=sampler,
             evaluation=EvalStage.prepare(f"{name}-eval", config, context) if during else None,
         )
@@ -99,17 +102,22 @@ class RLStage:
                 context.stop.check()
                 sampled = await context.stop.watch(self._sample(step, work, context))
                 self.calculator.end_step(sampled.rollouts)
+            work.tasks.observe(sampled.rollouts, success_of(self.config.evaluation))
             generated = time.perf_counter()
 
             learn = functools.partial(self._learn, step, sampled, state, work, context)
             metrics, samples = await work.thread.run(learn)
             metrics |= _speed(sampled, samples, generated - started, generated)
+            metrics |= work.tasks.metrics()
             metrics["alerts"] = float(len(work.monitors.observe(step, metrics)))
             context.log(self.name, step, metrics)
+            advantages = rollout_advantages(samples)
             if self.config.tracking.rollouts:
-                advantages = rollout_advantages(samples)
                 write = functools.partial(context.run.write_rollouts, self.name, step)
                 await work.thread.run(functools.partial(write, sampled.rollouts, advantages))
+            context.trackers.log_rollouts(
+                self.name, step, sampled.rollouts, advantages, training=True
+            )
 
             with context.saved_on_failure(self.config, state, work.training):
                 work.losses.check(step)
@@ -126,7 +134,7 @@ class RLStage:
         )
         context.critic = update.learner.critic
         most = self.config.rollout.max_lost_steps
-        tasks = Cursor(self.tasks, place="prompt_source")
+        tasks = self.tasks.cursor("prompt_source")
         return _Work(
             tasks=tasks,
             pipeline=Pipeline(tasks, self._group()),
@@ -268,6 +276,7 @@ class RLStage:
 
     async def close(self) -> None:
         await self.sampler.environment.close()
+        await self.calculator.close()
         if self.evaluation is not None:
             await self.evaluation.close()
 
@@ -284,7 +293,7 @@ class RLStage:
 class _Work:
     """What a stage has in memory while it is executed."""
 
-    tasks: Cursor[Task]
+    tasks: TaskCursor
     pipeline: Pipeline
     freshness: Freshness
     thread: Worker

@@ -22,13 +22,15 @@ from retrain.loops.repeatable import circumstances, repeatable
 from retrain.loops.resume import Resumption, find_run, read_resumption, stages_left
 from retrain.loops.rl import RLStage
 from retrain.loops.sft import SFTStage
-from retrain.loops.world import asks_an_endpoint, build_sandbox, runs_code
+from retrain.loops.world import build_sandbox, endpoints_asked, runs_code
 from retrain.models import load_policy
 from retrain.rollout import set_aside
 from retrain.tracking.plots import plot_curves
 from retrain.tracking.progress import Progress
 from retrain.tracking.report import EvaluationResult, print_results, results_table
 from retrain.tracking.run_dir import ABOUT_FILE, CONFIG_FILE, RunDirectory
+from retrain.tracking.trackers import RunInfo, Trackers, build_trackers, sharing
+from retrain.tracking.trackers.base import Status
 from retrain.types import UserError
 
 Stage = SFTStage | RLStage | EvalStage
@@ -75,6 +77,7 @@ async def run(
     """
     checked = load_config(config, overrides, only=only)
     stages = resolve_stages(checked, only=only)
+    trackers = _trackers(checked, stages)
     found = None if resume is None else find_run(checked, str(resume))
     async with AsyncExitStack() as closing:
         going_on = None
@@ -87,7 +90,7 @@ async def run(
         if any(kind != "sft" and runs_code(stage) for _, kind, stage in stages):
             await sandbox.start()
         policy = load_policy(checked.model, seed=checked.seed)
-        context = RunContext(policy, build_engine(checked, policy), sandbox)
+        context = RunContext(policy, build_engine(checked, policy), sandbox, trackers)
         closing.push_async_callback(context.engine.close)
         deterministic = await _prepare_engine(context, stages)
         if going_on is not None and going_on.saved is not None:
@@ -103,10 +106,11 @@ async def run(
             closing.enter_context(directory.locked())
         if going_on is not None:
             going_on.clear_away(directory)
-        played = [name for name, _, stage in stages if asks_an_endpoint(stage)]
-        news = [*_news(going_on, deterministic, checked), *map(_unlike, played)]
+        news = [*_news(going_on, deterministic, checked), *_unlike(stages)]
         closing.enter_context(set_aside())
-        await _execute(checked, context, prepared, directory, news)
+        training = [name for name, kind, _ in stages if kind != "eval"]
+        info = _info(checked, directory, going_on, training)
+        await _execute(checked, context, prepared, directory, news, info=info, training=training)
     return RunResult(
         path=directory.path,
         status="completed",
@@ -138,8 +142,37 @@ def _news(
         yield "the engine is not deterministic here: a resumed run is not the same bit for bit"
 
 
-def _unlike(stage: str) -> str:
-    return f"an endpoint plays the user in {stage}: a resumed run is not the same bit for bit"
+def _trackers(
+    config: TrainingConfig, stages: Sequence[tuple[str, StageKind, TrainingConfig]]
+) -> Trackers:
+    """
+    Raises:
+        UserError: a tracker's package is missing, or there is no such class.
+    """
+    during = [
+        (name, kind, stage.evaluation is not None and stage.evaluation.every_steps is not None)
+        for name, kind, stage in stages
+    ]
+    return build_trackers(config.tracking, prefixed=sharing(during))
+
+
+def _info(
+    config: TrainingConfig,
+    directory: RunDirectory,
+    going_on: Resumption | None,
+    training: Iterable[str],
+) -> RunInfo:
+    """What trackers are told of the run."""
+    rewound_to = None
+    if going_on is not None:
+        rewound_to = -1 if going_on.saved is None else directory.steps_made(training)
+    return RunInfo(directory.path.name, directory.path, config.model_dump(mode="json"), rewound_to)
+
+
+def _unlike(stages: Sequence[tuple[str, StageKind, TrainingConfig]]) -> Iterator[str]:
+    for name, kind, stage in stages:
+        for clause in endpoints_asked(stage) if kind != "sft" else ():
+            yield f"{clause} in {name}: a resumed run is not the same bit for bit"
 
 
 def _asked_for_speed(config: TrainingConfig) -> bool:
@@ -163,24 +196,32 @@ async def _execute(
     stages: Sequence[Stage],
     directory: RunDirectory,
     news: Iterable[str],
+    *,
+    info: RunInfo,
+    training: Sequence[str],
 ) -> None:
     """The stages that are left, and the results; run.json says how it ended."""
-    status = "failed"
+    status: Status = "failed"
+    trackers = context.trackers
     with Progress(config.tracking.progress) as progress, Stop() as stop:
         for line in (f"run directory: {directory.path}", *news):
             progress.line(line)
         context.begin(directory, progress, stop)
         directory.describe(status="running")
         try:
+            trackers.start(info, progress.line)
             starting = await context.engine.start(directory.path)
             if any(not isinstance(stage, SFTStage) for stage in stages):
                 if starting is not None:
                     progress.line(starting)
                 await stop.watch(context.bring_weights())
             for stage in stages:
+                others = [name for name in training if name != stage.name]
+                trackers.begin_stage(directory.steps_made(others))
                 await stage.execute(context)
             stop.check()
             _write_results(config, context)
+            _hand_over(config, context)
             status = "completed"
         except Interrupted as interrupted:
             interrupted.checkpoint = interrupted.checkpoint or context.checkpoint
@@ -189,6 +230,7 @@ async def _execute(
         finally:
             with suppress(UserError):
                 directory.describe(status=status)
+            trackers.finish(status)
     if context.results:
         print_results(context.results)
     _say_where(context)
@@ -224,6 +266,14 @@ def _write_results(config: TrainingConfig, context: RunContext) -> None:
         context.run.write_text("results.json", json.dumps(rows, indent=1) + "\n")
     if config.tracking.plots:
         plot_curves(context.run)
+
+
+def _hand_over(config: TrainingConfig, context: RunContext) -> None:
+    """Give the trackers what a complete run leaves behind."""
+    for name, file in (("results", "results.md"), ("curves", "plots/curves.png")):
+        context.trackers.log_artifact(name, context.run.path / file)
+    if config.tracking.artifacts and context.checkpoint is not None:
+        context.trackers.log_artifact("checkpoint", Path(context.checkpoint))
 
 
 def _say_where(context: RunContext) -> None:

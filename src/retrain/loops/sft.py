@@ -19,10 +19,9 @@ from retrain.loops.build import build_learner
 from retrain.loops.checkpoint import RunState, Training
 from retrain.loops.context import RunContext
 from retrain.loops.worker import Worker
-from retrain.loops.world import build_renderer, build_tools
+from retrain.loops.world import build_renderer, tool_schemas
 from retrain.rendering import Renderer, ToolSchema
 from retrain.rollout import to_samples
-from retrain.tools import tool_schema
 from retrain.types import Rollout, Sample, UserError
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ class SFTStage:
         settings = config.sft
         assert settings is not None
         renderer = build_renderer(config, context.policy)
-        tools = [tool_schema(tool) for tool in build_tools(config, context.sandbox)]
+        tools = tool_schemas(config, context.sandbox)
         traces, steps = traces_and_steps(config, settings)
         _check_fit(traces, renderer, tools, context.engine.context_limit)
         return cls(name, config, settings, traces, renderer, steps, tools)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from retrain.config.algorithm import TOKEN_ADVANTAGES
 from retrain.config.root import TrainingConfig
 from retrain.engines import PolicyEngine
+from retrain.loops.credit import by_agent
 from retrain.tracking.run_dir import RunDirectory
 from retrain.types import NO_VERSION, Rollout, UserError
 
@@ -28,8 +29,8 @@ def smallest_group(config: TrainingConfig) -> int:
 
 
 def large_enough(group: Sequence[Rollout], least: int) -> bool:
-    """Whether as many rollouts of a group survived."""
-    return sum(rollout.error is None for rollout in group) >= least
+    """Whether as many rollouts of a group survived, of some agent that trains."""
+    return any(len(own) >= least for own in by_agent([group]) if own[0].trainable)
 
 
 class Freshness:
@@ -58,8 +59,10 @@ class Freshness:
         return newer if known else max(newer, self._max_staleness + 1)
 
     def is_stale(self, rollout: Rollout) -> bool:
-        """Whether it has a token that is too old to train; one that is masked has other reasons."""
-        return rollout.error is None and self.steps_behind(rollout) > self._max_staleness
+        """Whether it has a token that is too old to train; one that is masked, or would not train
+        anyway, has other reasons."""
+        trains = rollout.error is None and rollout.trainable
+        return trains and self.steps_behind(rollout) > self._max_staleness
 
     def of(self, groups: Sequence[Sequence[Rollout]]) -> list[list[Rollout]]:
         """The groups without what is stale."""

@@ -55,7 +55,7 @@ class PolicyUpdate:
             for group in groups
             for rollout in group
             if settings.train_truncated or not truncated(rollout)
-            for sample in to_samples(rollout)
+            for sample in to_samples(rollout, last_turn_only=settings.train_turns == "last")
         ]
         penalised = settings.kl is not None and settings.kl.place == "reward"
         if penalised and self.reference is not None:

@@ -2,100 +2,54 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
 
-from retrain.config.engine import TorchEngineConfig
+from retrain.config.adapters import GymnasiumConfig, OpenEnvConfig, VerifiersConfig
+from retrain.config.agents import AgentsConfig
 from retrain.config.environment import (
     DialogueConfig,
+    EnvironmentConfig,
     PythonEnvironmentConfig,
-    TagsFormat,
     ToolEnvironmentConfig,
 )
-from retrain.config.environment import (
-    EndpointUser as EndpointUserConfig,
-)
-from retrain.config.environment import (
-    FencedFormat as FencedFormatConfig,
-)
-from retrain.config.environment import (
-    ModelUser as ModelUserConfig,
-)
-from retrain.config.environment import (
-    ScriptedUser as ScriptedUserConfig,
-)
-from retrain.config.model import ModelConfig
+from retrain.config.formats import ToolConfig, ToolFormatConfig
 from retrain.config.rewards import RewardConfig
 from retrain.config.root import TrainingConfig
-from retrain.engines import SamplingParams
-from retrain.engines.openai import ChatEndpoint, read_key
-from retrain.engines.torch_engine import TorchEngine
-from retrain.envs import (
-    DialogueEnvironment,
-    Environment,
-    ScriptedUser,
-    SimulatedUser,
-    ToolEnvironment,
-)
+from retrain.envs import DialogueEnvironment, Environment, ToolEnvironment
 from retrain.importing import import_object
-from retrain.models import Policy, load_policy
-from retrain.rendering import (
-    Codec,
-    FencedFormat,
-    NativeFormat,
-    Renderer,
-    TagFormat,
-    Template,
-    ToolFormat,
-    make_template,
-)
-from retrain.rewards import (
-    RewardKind,
-    resolve_reward,
-    takes_sandbox,
-)
-from retrain.rollout import EndpointUser, ModelUser
+from retrain.loops.adapters import build_adapter
+from retrain.loops.agents import build_agents, make_tools
+from retrain.loops.players import LoadedModel, build_user, codec_of, make_renderer
+from retrain.models import Policy
+from retrain.rendering import Renderer, ToolSchema
+from retrain.rewards import RewardKind, resolve_reward, takes_sandbox
 from retrain.sandbox import Sandbox, make_sandbox
-from retrain.tools import Tool, resolve_tools
+from retrain.tools import Tool, tool_schema
+from retrain.tools.base import close_tools
 from retrain.types import UserError
 
-
-@dataclass(frozen=True)
-class UserModel:
-    """A model that plays users. It never trains."""
-
-    engine: TorchEngine
-    renderer: Renderer
+_ASKING_TOOLS = ("http", "llm_pool")
+_JUDGES = ("llm_judge", "pairwise_judge", "rubric")
 
 
 def build_renderer(config: TrainingConfig, policy: Policy) -> Renderer:
     """The renderer of the policy's tokenizer and the environment's tool format."""
-    template = make_template(policy.tokenizer)
-    codec = Codec(policy.tokenizer, _model_stop_tokens(policy))
+    return make_renderer(codec_of(policy), policy.tokenizer, _chosen_format(config))
+
+
+def _chosen_format(config: TrainingConfig) -> ToolFormatConfig | None:
+    """None where there is nothing to call."""
     environment = config.environment
-    tool_format = None
-    if isinstance(environment, ToolEnvironmentConfig) and environment.tools:
-        tool_format = _tool_format(environment, template)
-    return Renderer(codec, template, tool_format)
-
-
-def _tool_format(environment: ToolEnvironmentConfig, template: Template) -> ToolFormat:
-    chosen = environment.tool_format
-    if isinstance(chosen, TagsFormat):
-        return TagFormat(chosen.tags())
-    if isinstance(chosen, FencedFormatConfig):
-        return FencedFormat(chosen.language, chosen.output)
-    return NativeFormat(template)
-
-
-def _model_stop_tokens(policy: Policy) -> list[int]:
-    generation = getattr(policy.model, "generation_config", None)
-    stop = None if generation is None else generation.eos_token_id
-    if stop is None:
-        return []
-    return [stop] if isinstance(stop, int) else list(stop)
+    if isinstance(environment, ToolEnvironmentConfig):
+        return environment.tool_format if environment.tools else None
+    if isinstance(environment, AgentsConfig):
+        acting = any(agent.acts for agent in environment.agents.values())
+        return environment.tool_format if acting else None
+    if isinstance(environment, OpenEnvConfig | VerifiersConfig):
+        return environment.tool_format
+    return None
 
 
 def build_sandbox(config: TrainingConfig) -> Sandbox:
@@ -126,9 +80,7 @@ def build_sandbox(config: TrainingConfig) -> Sandbox:
 def runs_code(config: TrainingConfig) -> bool:
     """Whether code that the model writes will run: by the python tool, or by a reward."""
     environment, setup = config.environment, config.reward_setup
-    if isinstance(environment, ToolEnvironmentConfig) and any(
-        tool.name == "python" for tool in environment.tool_list()
-    ):
+    if any(tool.name == "python" for tool in _tool_list(environment)):
         return True
     rewards: list[tuple[RewardKind, str, RewardConfig]] = [
         *(("step", k, c) for k, c in setup.step_reward_configs.items()),
@@ -138,29 +90,49 @@ def runs_code(config: TrainingConfig) -> bool:
     return any(takes_sandbox(resolve_reward(c.function or k, kind)) for kind, k, c in rewards)
 
 
-def asks_an_endpoint(config: TrainingConfig) -> bool:
-    """Whether an OpenAI-compatible endpoint plays the user, who is then never the same twice."""
-    section = config.environment
-    return isinstance(section, DialogueConfig) and section.user.type == "openai"
+def _tool_list(environment: EnvironmentConfig) -> list[ToolConfig]:
+    """What the environment's agents may call."""
+    if isinstance(environment, ToolEnvironmentConfig):
+        return environment.tool_list()
+    if isinstance(environment, AgentsConfig):
+        return [tool for agent in environment.agents.values() for tool in agent.tool_list()]
+    return []
+
+
+def endpoints_asked(config: TrainingConfig) -> list[str]:
+    """What endpoints do here, a clause each. What they say may be different another time."""
+    section, setup = config.environment, config.reward_setup
+    found = []
+    if isinstance(section, DialogueConfig) and section.user.type == "openai":
+        found.append("an endpoint plays the user")
+    if isinstance(section, AgentsConfig):
+        played = [n for n, agent in section.agents.items() if agent.player.type == "openai"]
+        found += [f"an endpoint plays {name}" for name in played]
+    for tool in _tool_list(section):
+        if tool.name in _ASKING_TOOLS or (tool.name == "simulated" and "model" in tool.params):
+            found.append(f"the tool {tool.name} asks an endpoint")
+    for configs in (setup.rollout_reward_configs, setup.group_reward_configs):
+        for name, reward in configs.items():
+            if (reward.function or name) in _JUDGES:
+                found.append(f"the reward {name} asks an endpoint")
+    return found
 
 
 def build_tools(config: TrainingConfig, sandbox: Sandbox) -> list[Tool]:
     environment = config.environment
     if not isinstance(environment, ToolEnvironmentConfig):
         return []
-    return [tool for tool, _ in _tools(environment, sandbox)]
+    return make_tools(environment.tool_list(), sandbox)[0]
 
 
-def _tools(
-    environment: ToolEnvironmentConfig, sandbox: Sandbox
-) -> Iterator[tuple[Tool, int | None]]:
-    """Each tool, and the most calls of it in a rollout."""
-    for section in environment.tool_list():
-        params: dict[str, Any] = dict(section.params)
-        if section.name == "python":
-            params.setdefault("sandbox", sandbox)
-        for tool in resolve_tools(section.name, params):
-            yield tool, section.max_calls
+def tool_schemas(config: TrainingConfig, sandbox: Sandbox) -> list[ToolSchema]:
+    """The tools as the policy is told of them; what they hold is released again."""
+    tools = build_tools(config, sandbox)
+    try:
+        return [tool_schema(tool) for tool in tools]
+    finally:
+        with ThreadPoolExecutor(1) as thread:  # there may be a running event loop in this one
+            thread.submit(asyncio.run, close_tools(tools)).result()
 
 
 def build_environment(
@@ -169,89 +141,44 @@ def build_environment(
     sandbox: Sandbox,
     *,
     tools_enabled: bool = True,
-    user_models: dict[str, UserModel] | None = None,
+    user_models: dict[str, LoadedModel] | None = None,
 ) -> Environment:
-    """The environment; a dialogue's model user is loaded here, unless `user_models` has it.
+    """The environment; models that play users or agents are loaded here, unless `user_models`
+    has them.
 
     Raises:
         UserError: a tool, environment or model that cannot be found or does not fit.
     """
     section = config.environment
+    loaded = {} if user_models is None else user_models
     if isinstance(section, ToolEnvironmentConfig):
-        tools = list(_tools(section, sandbox))
+        tools, most = make_tools(section.tool_list(), sandbox)
         return ToolEnvironment(
-            [tool for tool, _ in tools],
+            tools,
             renderer,
             max_steps=section.max_steps,
             timeout_s=section.tool_timeout_s,
             retries=section.tool_retries,
             max_output_chars=section.max_output_chars,
             max_calls=section.max_tool_calls,
-            max_calls_of={tool.name: most for tool, most in tools if most is not None},
+            max_calls_of=most,
             tools_column=section.tools_column,
             describe_tools=section.describe_tools,
             enabled=tools_enabled,
         )
     if isinstance(section, DialogueConfig):
         return DialogueEnvironment(
-            _build_user(section, config, {} if user_models is None else user_models),
+            build_user(section.user, config, loaded),
             max_turns=section.max_turns,
             stop_phrase=section.stop_phrase,
         )
+    if isinstance(section, AgentsConfig):
+        return build_agents(section, config, renderer, sandbox, loaded, tools_enabled=tools_enabled)
+    if isinstance(section, GymnasiumConfig | OpenEnvConfig | VerifiersConfig):
+        return build_adapter(section, renderer)
     if isinstance(section, PythonEnvironmentConfig):
         return import_environment(section)
     return Environment()
-
-
-def _build_user(
-    section: DialogueConfig, config: TrainingConfig, loaded: dict[str, UserModel]
-) -> SimulatedUser:
-    user = section.user
-    if isinstance(user, ScriptedUserConfig):
-        return ScriptedUser(user.replies, user.replies_column)
-    if isinstance(user, EndpointUserConfig):
-        return _build_endpoint_user(user, config)
-    assert isinstance(user, ModelUserConfig)
-    key = user.model.model_dump_json()
-    if key not in loaded:
-        loaded[key] = _load_user(user.model, config)
-    return ModelUser(
-        loaded[key].engine,
-        loaded[key].renderer,
-        system_prompt=user.system_prompt,
-        params=SamplingParams(user.max_new_tokens, user.temperature),
-        run_seed=config.seed,
-    )
-
-
-def _build_endpoint_user(user: EndpointUserConfig, config: TrainingConfig) -> EndpointUser:
-    endpoint = ChatEndpoint(
-        user.url,
-        user.model,
-        api_key=read_key(user.api_key_env, "environment.user.api_key_env"),
-        temperature=user.temperature,
-        max_tokens=user.max_new_tokens,
-        timeout_s=user.timeout_s,
-        retries=user.retries,
-        max_concurrency=user.max_concurrency,
-        where="environment.user",
-    )
-    return EndpointUser(endpoint, system_prompt=user.system_prompt, run_seed=config.seed)
-
-
-def _load_user(model: ModelConfig, config: TrainingConfig) -> UserModel:
-    policy = load_policy(model, seed=config.seed)
-    policy.model.requires_grad_(False)
-    section = config.engine if isinstance(config.engine, TorchEngineConfig) else TorchEngineConfig()
-    engine = TorchEngine(
-        policy.model,
-        tokenizer=policy.tokenizer,
-        max_slots=section.max_slots,
-        num_threads=section.num_threads,
-        deterministic=section.deterministic,
-    )
-    codec = Codec(policy.tokenizer, _model_stop_tokens(policy))
-    return UserModel(engine, Renderer(codec, make_template(policy.tokenizer)))
 
 
 def import_environment(section: PythonEnvironmentConfig) -> Environment:

@@ -45,14 +45,17 @@ class ToolFormat(Protocol):
 class TagFormat:
     """Calls between two tags (ReTool, Router-R1).
 
-    The first closing tag ends a call, also inside a string: that is where generation stops.
+    The first closing tag ends a call, also inside a string: that is where generation stops, and at
+    `answer_end` (`</answer>`, say), where there is one.
     """
 
     inline = True
 
-    def __init__(self, tags: TagConfig | None = None) -> None:
+    def __init__(self, tags: TagConfig | None = None, *, answer_end: str | None = None) -> None:
         self.tags = tags or TagConfig()
         self.stop: tuple[str, ...] = (self.tags.tool_end,)
+        if answer_end is not None:
+            self.stop += (answer_end,)
         self.markers: tuple[str, ...] = (
             self.tags.tool_start.strip(),
             self.tags.tool_end.strip(),

@@ -27,7 +27,9 @@ from retrain.rewards.code import code_passes_tests
 from retrain.rewards.control import random
 from retrain.rewards.equivalence import math_equivalence
 from retrain.rewards.failures import RewardFailure
+from retrain.rewards.judge import LLMJudge, Rubric
 from retrain.rewards.numeric import boxed_answer, numeric_match
+from retrain.rewards.pairwise import PairwiseJudge
 from retrain.rewards.spec import DistributionStrategy, RewardSpec
 from retrain.rewards.structure import format, json_schema, tool_calls
 from retrain.rewards.text import (
@@ -68,11 +70,14 @@ REWARDS: dict[str, Callable[..., Any]] = {
     "format": format,
     "json_schema": json_schema,
     "length": length,
+    "llm_judge": LLMJudge,
     "math_equivalence": math_equivalence,
     "numeric_match": numeric_match,
+    "pairwise_judge": PairwiseJudge,
     "penalize_text_containing": penalize_text_containing,
     "random": random,
     "regex": regex,
+    "rubric": Rubric,
     "squad_em": squad_em,
     "tool_calls": tool_calls,
 }
@@ -83,10 +88,7 @@ VERIFIERS: dict[str, Callable[..., Any]] = {
     "used_tool": used_tool,
 }
 
-_WHOLE_ROLLOUT_ONLY = frozenset({"tool_calls"})
-_NOT_BUILT_IN = {
-    "llm_judge": "write an async reward that asks your judge and name it by its import path",
-}
+_WHOLE_ROLLOUT_ONLY = frozenset({"llm_judge", "rubric", "tool_calls"})
 
 
 def resolve_reward(name: str, kind: RewardKind) -> Callable[..., Any]:
@@ -97,8 +99,6 @@ def resolve_reward(name: str, kind: RewardKind) -> Callable[..., Any]:
     Raises:
         UserError: no such reward, one of another kind, or an object that cannot be called.
     """
-    if name in _NOT_BUILT_IN:
-        raise UserError(f"there is no built-in reward '{name}'", _NOT_BUILT_IN[name])
     if name not in REWARDS:
         function = _imported(name, "reward", REWARDS)
         if is_verifier(function) and not is_reward(function):
@@ -107,10 +107,12 @@ def resolve_reward(name: str, kind: RewardKind) -> Callable[..., Any]:
                 "attach it under verifiers, or return a number and mark it with @reward",
             )
         return function
-    if kind == "group" or (kind == "step" and name in _WHOLE_ROLLOUT_ONLY):
+    own = reward_info(REWARDS[name]).kind
+    turn_by_turn = own == "rollout" and name not in _WHOLE_ROLLOUT_ONLY
+    if kind != own and not (kind == "step" and turn_by_turn):
         raise UserError(
-            f"the built-in reward '{name}' is a rollout reward, not a {kind} reward",
-            "move it to the rollout rewards",
+            f"the built-in reward '{name}' is a {own} reward, not a {kind} reward",
+            f"move it to the {own} rewards",
         )
     return per_step(REWARDS[name]) if kind == "step" else REWARDS[name]
 

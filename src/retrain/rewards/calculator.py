@@ -145,6 +145,14 @@ class RewardCalculator:
             if isinstance(spec.function, Stateful):
                 spec.function.end_step([r for r in rollouts if r.error is None])
 
+    async def close(self) -> None:
+        """Close the rewards that hold something for the whole stage: those that have an
+        `async close()`."""
+        for spec in self.specs:
+            close = getattr(spec.function, "close", None)
+            if inspect.iscoroutinefunction(close):
+                await close()
+
     def warnings(self) -> list[str]:
         """One sentence for each verifier whose failure may pay better than passing it."""
         return penalty_warnings(self.specs, self.verifiers, self.verifier_penalty)
@@ -173,13 +181,17 @@ class RewardCalculator:
                 return
             sheet.parts += self._intrinsic(sheet)
             passing = []
-            for spec in self.specs:
-                if spec.kind != "group" and await self._passes(spec, sheet):
+            for spec in self._alone(sheet.rollout.agent):
+                if await self._passes(spec, sheet):
                     passing.append(spec)
             for parts in await _in_order(self._component(spec, sheet) for spec in passing):
                 sheet.parts += parts
         except _Masked as reason:
             sheet.mask(reason)
+
+    def _alone(self, agent: str) -> list[RewardSpec]:
+        """What scores a rollout of this agent by itself."""
+        return [spec for spec in self.specs if spec.kind != "group" and spec.is_for(agent)]
 
     async def _set_up_gate(self, sheet: _Sheet) -> bool:
         """Whether a verifier of the whole set-up failed; its penalty is then entered."""
@@ -253,7 +265,8 @@ class RewardCalculator:
         members = []
         for sheet in sheets:
             try:
-                if sheet.open and await self._passes(spec, sheet):
+                mine = spec.is_for(sheet.rollout.agent)
+                if mine and sheet.open and await self._passes(spec, sheet):
                     members.append(sheet)
             except _Masked as reason:
                 sheet.mask(reason)

@@ -27,6 +27,7 @@ NamedVerifier = tuple[str, Callable[..., Any]]
 class RewardSpec:
     """A reward as configured: name, function, and how its number enters the total.
 
+    `agents` are those whose rollouts it scores, where there are several; None is all of them.
     `params` are the function's keyword arguments. `verifiers` gate this reward only: when one
     fails, the function is not called and the component becomes `verifier_penalty`, as given,
     once per rollout, spread by `distribution_strategy`. For a step reward that means one penalty
@@ -44,6 +45,7 @@ class RewardSpec:
     kind: RewardKind
     weight: float = 1.0
     params: Mapping[str, Any] = field(default_factory=dict)
+    agents: tuple[str, ...] | None = None
     verifiers: tuple[NamedVerifier, ...] = ()
     verifier_penalty: float = 0.0
     distribution_strategy: DistributionStrategy = "last_step"
@@ -70,6 +72,9 @@ class RewardSpec:
                 info.check(bound)
             except (ValueError, TypeError) as error:
                 raise UserError(f"{place}: {error}", "correct its params") from error
+
+    def is_for(self, agent: str) -> bool:
+        return self.agents is None or agent in self.agents
 
     @property
     def weighted_range(self) -> Range | None:

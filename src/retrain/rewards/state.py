@@ -40,6 +40,8 @@ def reward_object(key: str, kind: type[Any], params: dict[str, Any]) -> Callable
     """
     try:
         made: Any = kind(**params)
+    except UserError as error:
+        raise UserError(f"reward '{key}': {error.cause}", error.next_step) from error
     except TypeError as error:
         raise UserError(
             f"reward '{key}': params do not fit {kind.__name__}: {error}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from retrain.engines.base import Completion, Engine, GenerateRequest, SamplingParams
@@ -38,6 +38,7 @@ class EngineAgent:
     group_id: str | None = None
     name: str = "policy"
     trainable: bool = True
+    episode: str | None = None
     turn_timeout_s: float | None = None
     asked: int = field(default=0, init=False)
     """Turns that the engine was asked for."""
@@ -45,6 +46,8 @@ class EngineAgent:
     """Turns that it gave."""
     over: bool = field(default=False, init=False)
     """The attempt has ended: code of it that was left behind gets nothing more sampled."""
+    siblings: list[EngineAgent] = field(default_factory=list, init=False)
+    """Further agents of the attempt."""
 
     def __post_init__(self) -> None:
         self.params = replace(
@@ -59,8 +62,50 @@ class EngineAgent:
             group_id=self.group_id,
             agent=self.name,
             trainable=self.trainable,
+            episode=self.episode,
             task=task,
         )
+
+    def sibling(
+        self,
+        name: str,
+        *,
+        trainable: bool = True,
+        attempt: int | None = None,
+        engine: Engine | None = None,
+        renderer: Renderer | None = None,
+        params: SamplingParams | None = None,
+    ) -> EngineAgent:
+        """Another agent of the same attempt, with seeds of its own.
+
+        Args:
+            attempt: its number among those of one name, which are compared with each other.
+            engine, renderer, params: where it is not the policy that speaks for it.
+        """
+        own_group = self.group_id if attempt is None else f"{self.rollout_id}/{name}"
+        number = "" if attempt is None else f"/{attempt}"
+        made = replace(
+            self,
+            name=name,
+            trainable=trainable,
+            rollout_id=f"{self.rollout_id}/{name}{number}",
+            group_id=own_group,
+            episode=self.rollout_id,
+            engine=engine or self.engine,
+            renderer=renderer or self.renderer,
+            params=params or self.params,
+        )
+        self.siblings.append(made)
+        return made
+
+    async def end(self, forget: Callable[[EngineAgent], Awaitable[None]]) -> None:
+        """The attempt is over for this agent and its siblings; `forget` ends what an engine holds
+        of one."""
+        everyone = [self, *self.siblings]
+        for agent in everyone:
+            agent.over = True
+        for agent in everyone:
+            await forget(agent)
 
     async def act(self, rollout: Rollout, tools: Sequence[ToolSchema] = ()) -> Message:
         """Sample the next MODEL message and append it.
@@ -75,7 +120,8 @@ class EngineAgent:
         prompt_ids = prompt_token_ids(rollout, prompt)
         turn = len(rollout.model_messages)
         task_id = rollout.task.id if rollout.task else ""
-        if turn == 0 and len(prompt_ids) >= self.engine.context_limit:
+        alone = self.episode is None  # what others said to it is no mistake of the user's
+        if alone and turn == 0 and len(prompt_ids) >= self.engine.context_limit:
             raise UserError(
                 f"task {task_id}: the prompt has {len(prompt_ids)} tokens; "
                 f"the context limit is {self.engine.context_limit}",
@@ -85,7 +131,7 @@ class EngineAgent:
             GenerateRequest(
                 prompt_ids,
                 self.params,
-                seed=request_seed(self.run_seed, self.epoch, task_id, self.sample, turn),
+                seed=request_seed(self.run_seed, self.epoch, self._of(task_id), self.sample, turn),
                 session=rollout.id,
                 group=self.group_id,
             )
@@ -105,6 +151,10 @@ class EngineAgent:
         message = replace(message, turn=entry)
         rollout.add_messages(message)
         return message
+
+    def _of(self, task_id: str) -> str:
+        """What stands for the task in a seed: agents of one attempt draw numbers of their own."""
+        return task_id if self.episode is None else f"{task_id}\0{self.rollout_id}"
 
     async def _sample(self, request: GenerateRequest) -> Completion:
         self.asked += 1

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from retrain.engines.openai import ChatEndpoint
+from retrain.envs.prompts import fill
 from retrain.rollout.agent import request_seed
-from retrain.rollout.model_user import instructions, seen_by_user
+from retrain.rollout.model_user import PROMPT, seen_by_user
 from retrain.types import InfrastructureError, MessageType, Rollout, Task
 
 _ROLES = {MessageType.MODEL: "assistant", MessageType.MESSAGE: "user"}
@@ -32,7 +33,7 @@ class EndpointUser:
             InfrastructureError: the endpoint failed, or cut the reply before its first word.
         """
         said = [{"role": _ROLES[m.type], "content": m.content} for m in seen_by_user(rollout)]
-        system = {"role": "system", "content": instructions(self._system_prompt, task)}
+        system = {"role": "system", "content": fill(self._system_prompt, task, PROMPT)}
         turn = len(rollout.model_messages)
         seed = request_seed(self._run_seed, turn, rollout.id, 0, 0)
         reply = await self._endpoint.chat([system, *said], seed=seed >> 32)  # some take 31 bits

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from retrain.engines.base import Engine, SamplingParams
+from retrain.envs.prompts import fill
 from retrain.rendering import Renderer
 from retrain.rollout.agent import EngineAgent
-from retrain.types import Message, MessageType, Rollout, Task, UserError
+from retrain.types import Message, MessageType, Rollout, Task
+
+PROMPT = "environment.user.system_prompt"
 
 _FLIPPED = {MessageType.MODEL: MessageType.MESSAGE, MessageType.MESSAGE: MessageType.MODEL}
 
@@ -51,7 +54,7 @@ class ModelUser:
             trainable=False,
         )
         mine = agent.start(Task(rollout.id, ()))
-        mine.add_messages(Message(instructions(self._system_prompt, task), MessageType.SYSTEM))
+        mine.add_messages(Message(fill(self._system_prompt, task, PROMPT), MessageType.SYSTEM))
         mine.add_messages(*seen_by_user(rollout))
         return (await agent.act(mine)).content.strip() or None
 
@@ -66,26 +69,6 @@ def seen_by_user(rollout: Rollout) -> list[Message]:
     """What was said, with the parties exchanged: the policy's words are another party's, and the
     user's own are the model's."""
     return [Message(m.content, _FLIPPED[m.type]) for m in rollout.messages if m.type in _FLIPPED]
-
-
-def instructions(system_prompt: str, task: Task) -> str:
-    """A user's system prompt, with the task's columns filled in.
-
-    Raises:
-        UserError: it asks for a column that the task lacks.
-    """
-    columns = {
-        **task.metadata,
-        "prompt": task.prompt[-1].content if task.prompt else "",
-        "answer": task.answer,
-    }
-    try:
-        return system_prompt.format(**columns)
-    except (KeyError, IndexError) as error:
-        raise UserError(
-            f"environment.user.system_prompt asks for {error}, which task {task.id} lacks",
-            f"Columns: {', '.join(sorted(columns))}.",
-        ) from error
 
 
 def _session(rollout: Rollout) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -60,13 +60,14 @@ class Sampler:
     backoff_s: float = 1.0
     max_concurrency: int = 1024
 
-    async def rollout(
+    async def episode(
         self, task: Task, *, epoch: int = 0, sample: int = 0, group_id: str | None = None
-    ) -> Rollout:
-        """One rollout, in as many attempts as it takes; each draws the same numbers.
+    ) -> list[Rollout]:
+        """One attempt at a task, by as many tries as it takes; each draws the same numbers. It is
+        one rollout, or one of each agent that took part.
 
-        Failed infrastructure masks it: `error` is set, nothing is scored. `failures` has the
-        causes, those of attempts that were retried too.
+        Failed infrastructure masks all of them: `error` is set, nothing is scored. `failures` has
+        the causes, those of tries that were repeated too.
         """
         clock = asyncio.get_running_loop().time
         end = math.inf if self.timeout_s is None else clock() + self.timeout_s
@@ -74,7 +75,7 @@ class Sampler:
         while True:
             agent = self._agent(task, epoch, sample, group_id)
             try:
-                rollout = await self._attempt(task, agent, end - clock())
+                made = await self._attempt(task, agent, end - clock())
                 break
             except InfrastructureError as error:
                 kind = error.kind or "environment"
@@ -82,18 +83,26 @@ class Sampler:
                 failures.append(Failure(kind, len(failures) + 1, cause))
             wait = self._wait(agent.rollout_id, len(failures))
             if kind == "deadline" or len(failures) > self.retries or clock() + wait >= end:
-                rollout = agent.start(task)
-                rollout.stop_reason = "error"
-                rollout.error = cause
-                if len(failures) > 1:
-                    rollout.error += f" ({len(failures)} attempts)"
-                rollout.failures = failures
-                return rollout
+                return self._lost(task, agent, cause, failures)
             await asyncio.sleep(wait)
-        rollout.failures = failures
-        if rollout.error is not None:
-            rollout.mask("environment", rollout.error)
-        return rollout
+        for rollout in made:
+            rollout.failures = list(failures)
+            if rollout.error is not None:
+                rollout.mask("environment", rollout.error)
+        return made
+
+    def _lost(
+        self, task: Task, agent: EngineAgent, cause: str, failures: Sequence[Failure]
+    ) -> list[Rollout]:
+        """What stands for an attempt that infrastructure ended."""
+        if len(failures) > 1:
+            cause += f" ({len(failures)} attempts)"
+        lost = [member.start(task) for member in self.environment.cast(agent)]
+        for rollout in lost:
+            rollout.stop_reason = "error"
+            rollout.error = cause
+            rollout.failures = list(failures)
+        return lost
 
     def _agent(self, task: Task, epoch: int, sample: int, group_id: str | None) -> EngineAgent:
         return EngineAgent(
@@ -108,15 +117,18 @@ class Sampler:
             turn_timeout_s=self.turn_timeout_s,
         )
 
-    async def _attempt(self, task: Task, agent: EngineAgent, left_s: float) -> Rollout:
+    async def _attempt(self, task: Task, agent: EngineAgent, left_s: float) -> list[Rollout]:
         work = self.environment.spawn().run(task, agent)
         try:
-            return await within(work, None if left_s == math.inf else left_s, grace_s=GRACE_S)
+            made = await within(work, None if left_s == math.inf else left_s, grace_s=GRACE_S)
+            return made if isinstance(made, list) else [made]
         except Late:
+            everyone = [agent, *agent.siblings]
+            asked, answered = sum(a.asked for a in everyone), sum(a.answered for a in everyone)
             where = (
-                f"the engine was sampling turn {agent.asked}"
-                if agent.asked > agent.answered
-                else f"it was in the environment after turn {agent.answered}"
+                f"the engine was sampling turn {asked}"
+                if asked > answered
+                else f"it was in the environment after turn {answered}"
             )
             raise OutOfTime(
                 f"the rollout did not end within {self.timeout_s:g} s (rollout.timeout_s); {where}"
@@ -124,8 +136,7 @@ class Sampler:
         except CancelledItself:
             raise InfrastructureError("something in the rollout cancelled itself") from None
         finally:
-            agent.over = True
-            await self._forget(agent.rollout_id)
+            await agent.end(self._forget)
 
     def _wait(self, rollout_id: str, failed: int) -> float:
         """Seconds before the next attempt; the seed takes up to half of them off."""
@@ -133,23 +144,24 @@ class Sampler:
         share = request_seed(self.run_seed, 0, rollout_id, failed, 0) / 2**63
         return whole * (1 - share / 2)
 
-    async def _forget(self, rollout_id: str) -> None:
+    async def _forget(self, agent: EngineAgent) -> None:
         """End the engine's session; an engine that has failed holds none."""
         with suppress(InfrastructureError, TimeoutError):
             async with asyncio.timeout(FORGET_S):
-                await self.engine.end_session(rollout_id)
+                await agent.engine.end_session(agent.rollout_id)
 
     async def group(
         self, task: Task, size: int, *, epoch: int = 0, gate: asyncio.Semaphore | None = None
     ) -> list[Rollout]:
-        """`size` rollouts of one task, at the same time; each waits at the gate if there is one."""
+        """`size` attempts at one task, at the same time; each waits at the gate if there is one."""
         group_id = f"{epoch}/{task.id}"
 
-        async def admitted(sample: int) -> Rollout:
+        async def admitted(sample: int) -> list[Rollout]:
             async with gate or nullcontext():
-                return await self.rollout(task, epoch=epoch, sample=sample, group_id=group_id)
+                return await self.episode(task, epoch=epoch, sample=sample, group_id=group_id)
 
-        return await gather_or_cancel(map(admitted, range(size)))
+        episodes = await gather_or_cancel(map(admitted, range(size)))
+        return [rollout for episode in episodes for rollout in episode]
 
     async def scored_group(
         self,

@@ -10,6 +10,7 @@ from retrain.tools.base import (
     ToolOutput,
     ToolResult,
     ToolSession,
+    close_tools,
     tool_schema,
 )
 from retrain.tools.builtin import BUILT_IN, resolve_tools
@@ -31,6 +32,7 @@ __all__ = [
     "ToolRunner",
     "ToolSession",
     "as_tool",
+    "close_tools",
     "resolve_tools",
     "tool",
     "tool_schema",

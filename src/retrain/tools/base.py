@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import inspect
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -71,6 +72,14 @@ class Tool(Protocol):
     """JSON schema of the arguments, an object with named properties."""
 
     def session(self) -> ToolSession: ...
+
+
+async def close_tools(tools: Iterable[Tool]) -> None:
+    """Close those that hold something; called once, at the end of the run."""
+    for tool in tools:
+        close = getattr(tool, "close", None)
+        if inspect.iscoroutinefunction(close):
+            await close()
 
 
 def tool_schema(tool: Tool) -> dict[str, Any]:

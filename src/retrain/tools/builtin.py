@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from retrain.importing import import_object, suggest
 from retrain.sandbox import make_sandbox
 from retrain.sandbox.base import Sandbox
 from retrain.tools.base import Tool
 from retrain.tools.function import as_tool
+from retrain.tools.http import HttpTool
+from retrain.tools.llm_pool import DESCRIPTION, LLMPool, LLMPoolTool
+from retrain.tools.mcp import mcp
 from retrain.tools.python import PythonTool
+from retrain.tools.retrieval import RetrievalTool
+from retrain.tools.simulated import simulated
 from retrain.types import UserError
 
 
@@ -33,7 +38,26 @@ def python(
     )
 
 
-BUILT_IN: dict[str, Callable[..., Tool | Sequence[Tool]]] = {"python": python}
+def llm_pool(
+    models: Sequence[Mapping[str, Any]],
+    *,
+    tool_name: str = "llm_pool",
+    description: str = DESCRIPTION,
+    on_failure: Literal["mask", "tell"] = "mask",
+) -> LLMPoolTool:
+    """An `LLMPoolTool` over a pool of these models, see `LLMPool`."""
+    pool = LLMPool(models, where=f"tool '{tool_name}'")
+    return LLMPoolTool(pool, name=tool_name, description=description, on_failure=on_failure)
+
+
+BUILT_IN: dict[str, Callable[..., Tool | Sequence[Tool]]] = {
+    "http": HttpTool,
+    "llm_pool": llm_pool,
+    "mcp": mcp,
+    "python": python,
+    "retrieval": RetrievalTool,
+    "simulated": simulated,
+}
 """By name, what makes them of a config's `params`: one tool, or as many as a server has."""
 
 

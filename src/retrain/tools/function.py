@@ -12,6 +12,7 @@ from typing import Any, Generic, ParamSpec, TypeVar, cast, overload
 
 from retrain.tools.base import Tool, ToolOutput, ToolSession
 from retrain.tools.signature import Signature, read_signature
+from retrain.tools.smolagents import from_smolagents, wrap_smolagents
 from retrain.tools.threads import in_daemon_thread
 from retrain.types import UserError
 
@@ -44,7 +45,7 @@ class FunctionTool(Generic[P, R]):
             description: in place of the docstring's.
             timeout_s: of one call; the runner's if None.
         """
-        self.name = _checked_name(name or str(getattr(function, "__name__", "tool")))
+        self.name = checked_name(name or str(getattr(function, "__name__", "tool")))
         self.timeout_s = timeout_s
         self._function = function
         self._signature = read_signature(function, f"tool '{self.name}'")
@@ -72,7 +73,7 @@ class ClassTool:
     in_order = True
 
     def __init__(self, cls: type[Any], params: Mapping[str, Any] | None = None) -> None:
-        self.name = _checked_name(getattr(cls, "name", cls.__name__))
+        self.name = checked_name(getattr(cls, "name", cls.__name__))
         self.timeout_s: float | None = getattr(cls, "timeout_s", None)
         self._cls = cls
         self._params = dict(params or {})
@@ -174,13 +175,16 @@ def tool(
 
 
 def as_tool(obj: object, params: Mapping[str, Any] | None = None) -> Tool:
-    """The tool that an object is: a tool already, a function, a class, or a callable instance.
+    """The tool that an object is: a tool already, a function, a class, a callable instance, or a
+    `smolagents.Tool`.
 
     A class is instantiated once per session, with `params`; an instance is shared by all.
 
     Raises:
         UserError: it is none of these, or `params` do not fit.
     """
+    if from_smolagents(obj):
+        return wrap_smolagents(obj, params or {})
     if inspect.isclass(obj):
         if _is_tool(obj):
             _check_params(obj, params or {})
@@ -251,7 +255,7 @@ def _describe(obj: Any, signature: Signature) -> str:
     return str(own or signature.description or inspect.cleandoc(vars(owner).get("__doc__") or ""))
 
 
-def _checked_name(name: str) -> str:
+def checked_name(name: str) -> str:
     if not _NAME.fullmatch(name):
         raise UserError(
             f"'{name}' cannot be a tool's name",

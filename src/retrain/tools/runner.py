@@ -6,7 +6,7 @@ import asyncio
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,7 +39,12 @@ class ToolRunner:
     - no result in time: how long it had (`timeout`).
 
     Calls run at the same time, but for those of a tool with an attribute `in_order` that is true:
-    each of these waits for the one before, and its time-out starts when its turn has come.
+    each of these waits for the one before, and its time-out starts when its turn has come. Tools
+    that have the same object there wait for each other.
+
+    A tool with a method `session_beside` is given the rollout's other open sessions in place of a
+    call of `session`. A session with a method `async ready()` has all the time that this takes;
+    the time-out of a call starts after it.
 
     A call beyond a budget is the model's fault, and is not run; calls count in the order in which
     the model wrote them, whatever became of them.
@@ -63,7 +68,8 @@ class ToolRunner:
             tools: tools, or functions and classes that `as_tool` makes tools of.
             timeout_s: of one attempt at a call, unless the tool has a `timeout_s` of its own.
             max_output_chars: most characters kept of a result, half from each end.
-            retries: further attempts after an `InfrastructureError`.
+            retries: further attempts after an `InfrastructureError`, unless the tool has `retries`
+                of its own.
             backoff_s: wait before the first retry; it doubles each time, up to half a minute.
             max_calls: most calls of all tools together.
             max_calls_of: most calls of a tool, by its name.
@@ -87,11 +93,7 @@ class ToolRunner:
         self._made: Counter[str] = Counter()
         """Calls per tool so far."""
         self._sessions: dict[str, ToolSession] = {}
-        self._turns: dict[str, asyncio.Lock] = {
-            item.name: asyncio.Lock()
-            for item in self.tools.values()
-            if getattr(item, "in_order", False)
-        }
+        self._turns = _turns(self.tools.values())
 
     async def run(self, calls: Sequence[ToolCall]) -> list[ToolResult]:
         """Run calls concurrently; results in the order of the calls.
@@ -170,11 +172,13 @@ class ToolRunner:
         if call.name not in self.tools:
             known = ", ".join(self.tools) or "none"
             return f"There is no tool '{call.name}'. Tools: {known}.", "model_error"
-        for attempt in range(self.retries + 1):
+        own: int | None = getattr(self.tools[call.name], "retries", None)
+        retries = self.retries if own is None else own
+        for attempt in range(retries + 1):
             try:
                 return await self._attempt(call)
             except InfrastructureError as error:
-                if attempt == self.retries:
+                if attempt == retries:
                     error.kind = error.kind or "tool"
                     raise
                 await asyncio.sleep(min(self.backoff_s * 2 ** min(attempt, 16), LONGEST_WAIT_S))
@@ -182,18 +186,32 @@ class ToolRunner:
 
     async def _attempt(self, call: ToolCall) -> tuple[str | ToolOutput, CallStatus]:
         """One attempt. A call that does not heed its cancellation is left behind."""
+        output, status = await self._guarded(self._ready(call.name))
+        if status != "ok":
+            return output, status
         own: float | None = getattr(self.tools[call.name], "timeout_s", None)
         timeout_s = self.timeout_s if own is None else own
         try:
-            return await within(self._guarded(call), timeout_s)
+            return await within(self._guarded(self._called(call)), timeout_s)
         except Late:
             return f"{call.name} gave no result within {timeout_s:g} s.", "timeout"
         except CancelledItself:
             return "CancelledError: the tool cancelled itself", "tool_error"
 
-    async def _guarded(self, call: ToolCall) -> tuple[str | ToolOutput, CallStatus]:
+    async def _ready(self, name: str) -> str:
+        ready = getattr(self._session(name), "ready", None)
+        if ready is not None:
+            await ready()
+        return ""
+
+    async def _called(self, call: ToolCall) -> str | ToolOutput:
+        return await self._session(call.name).call(call.arguments)
+
+    async def _guarded(
+        self, work: Awaitable[str | ToolOutput]
+    ) -> tuple[str | ToolOutput, CallStatus]:
         try:
-            return await self._session(call.name).call(call.arguments), "ok"
+            return await work, "ok"
         except ModelError as error:
             return _message(error), "model_error"
         except ToolError as error:
@@ -205,8 +223,23 @@ class ToolRunner:
 
     def _session(self, name: str) -> ToolSession:
         if name not in self._sessions:
-            self._sessions[name] = self.tools[name].session()
+            tool = self.tools[name]
+            beside = getattr(tool, "session_beside", None)
+            others = tuple(self._sessions.values())
+            self._sessions[name] = tool.session() if beside is None else beside(others)
         return self._sessions[name]
+
+
+def _turns(tools: Iterable[Tool]) -> dict[str, asyncio.Lock]:
+    """By tool, what its calls wait for."""
+    locks: dict[object, asyncio.Lock] = {}
+    turns = {}
+    for item in tools:
+        order: object = getattr(item, "in_order", False)
+        if order:
+            key = item.name if order is True else order
+            turns[item.name] = locks.setdefault(key, asyncio.Lock())
+    return turns
 
 
 def _message(error: BaseException) -> str:

@@ -53,11 +53,13 @@ def encode_rollout(rollout: Rollout, advantage: float | None = None) -> str:
 
 def rollout_to_dict(rollout: Rollout) -> dict[str, Any]:
     """Everything that a rollout holds except `Message.turn`, which the segments hold."""
+    episode = {} if rollout.episode is None else {"episode": rollout.episode}
     return {
         "id": rollout.id,
         "group_id": rollout.group_id,
         "agent": rollout.agent,
         "trainable": rollout.trainable,
+        **episode,
         "task": None if rollout.task is None else _task_to_dict(rollout.task),
         "messages": [_message_to_dict(message) for message in rollout.messages],
         "segments": [_segment_to_dict(segment) for segment in rollout.segments],
@@ -84,6 +86,7 @@ def rollout_from_dict(record: Mapping[str, Any]) -> Rollout:
         group_id=record["group_id"],
         agent=record["agent"],
         trainable=record["trainable"],
+        episode=record.get("episode"),
         task=None if task is None else _task_from_dict(task),
         messages=[_message_from_dict(message) for message in record["messages"]],
         segments=[_segment_from_dict(segment) for segment in record["segments"]],

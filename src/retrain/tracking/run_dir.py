@@ -173,6 +173,11 @@ class RunDirectory:
             if row["stage"] == stage
         ]
 
+    def steps_made(self, stages: Iterable[str]) -> int:
+        """Training steps in metrics.jsonl of these stages together: each has a row."""
+        wanted = set(stages)
+        return sum(row["stage"] in wanted for row in self._rows())
+
     def latest_metrics(self) -> dict[str, float]:
         """Of each metric that was ever logged, the latest finite value."""
         latest: dict[str, float] = {}

@@ -1,32 +1,30 @@
-"""Any OpenAI-compatible chat endpoint, text only: for simulated users, judges and teachers.
-
-It gives no token ids and no log-probabilities of what it sampled, and its weights follow nobody's:
-it can play any party but the policy.
-"""
+"""`POST /chat/completions`, tried again where that may help."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import os
-import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit, urlunsplit
 
+from retrain.engines.openai.transport import (
+    CONNECT_S,
+    PASSING,
+    Later,
+    PerLoop,
+    retry_after_s,
+    until_answered,
+)
 from retrain.types import InfrastructureError, UserError
 
 if TYPE_CHECKING:
     import httpx2
 
-LONGEST_WAIT_S = 60.0
-"""Between two attempts, whatever the server asks for."""
-
 MAX_ANSWER_BYTES = 16 * 2**20
 
-_CONNECT_S = 10.0
 _SHOWN_CHARS = 300
 _KEY = re.compile(r"[!-~]+")
 """What may stand in a header."""
@@ -34,9 +32,6 @@ _KEY = re.compile(r"[!-~]+")
 _OF_THE_MESSAGES = (400, 413, 422)
 """Of an endpoint that answered before they speak of what was said to it: too long, or filtered. The
 policy said it, so it is no mistake of the user's."""
-
-_PASSING = (408, 409, 425, 429)
-"""The 4xx codes that speak of the moment, not of the request."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +45,7 @@ class ChatReply:
     completion_tokens: int | None
     cost: float | None
     """By the endpoint's prices; None where the tokens are not known."""
-    attempts: int
+    attempts: int = 1
     """From 1."""
 
 
@@ -108,7 +103,8 @@ class ChatEndpoint:
         self._max_concurrency = max_concurrency
         self._prices = prompt_price, completion_price
         self._length_key = "max_tokens"
-        self._lines: dict[asyncio.AbstractEventLoop, _Line] = {}
+        self._takes_formats = True
+        self._lines = PerLoop(self._open)
         self._closed = False
         self._answered = False
 
@@ -118,6 +114,7 @@ class ChatEndpoint:
         *,
         seed: int | None = None,
         max_tokens: int | None = None,
+        schema: Mapping[str, Any] | None = None,
     ) -> ChatReply:
         """The next message of a conversation.
 
@@ -125,6 +122,8 @@ class ChatEndpoint:
             messages: `{"role": ..., "content": ...}` each.
             seed: sent along; most servers sample by it.
             max_tokens: instead of the endpoint's own.
+            schema: of the JSON that the message should be, sent as a `response_format`. An endpoint
+                that refuses those by name is asked without from then on.
 
         Raises:
             UserError: the server refuses the request as such: the key, the model, the messages.
@@ -138,23 +137,23 @@ class ChatEndpoint:
         }
         if seed is not None:
             body["seed"] = seed
+        if schema is not None:
+            form = {"name": "answer", "strict": True, "schema": dict(schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": form}
         length = self._max_tokens if max_tokens is None else max_tokens
-        attempt = 1
-        while True:
-            try:
-                answer = await self._ask(body, length)
-                return self._reply(answer, attempt)
-            except _Later as later:
-                if attempt > self._retries:
-                    tried = f" ({attempt} attempts)" if attempt > 1 else ""
-                    raise InfrastructureError(f"{self._named}: {later}{tried}") from later
-                await asyncio.sleep(self._wait(attempt, later.after_s))
-                attempt += 1
+
+        async def attempt() -> ChatReply:
+            return self._reply(await self._ask(body, length))
+
+        reply, attempts = await until_answered(
+            attempt, retries=self._retries, backoff_s=self._backoff_s, named=self._named
+        )
+        return replace(reply, attempts=attempts)
 
     async def close(self) -> None:
         """Close this event loop's connections, those in use included; nothing is asked after."""
         self._closed = True
-        line = self._lines.pop(asyncio.get_running_loop(), None)
+        line = self._lines.take()
         if line is not None:
             await line.client.aclose()
 
@@ -162,19 +161,16 @@ class ChatEndpoint:
     def _named(self) -> str:
         return f"{self._where}: {self._endpoint.partition('?')[0]}"
 
-    def _wait(self, attempt: int, after_s: float | None) -> float:
-        if after_s is not None:
-            return min(after_s, LONGEST_WAIT_S)
-        whole = min(self._backoff_s * 2.0 ** min(attempt - 1, 16), LONGEST_WAIT_S)
-        return whole * random.uniform(0.5, 1.0)
-
     async def _ask(self, body: dict[str, Any], length: int) -> Any:
-        """One attempt; of a server that wants `max_completion_tokens` by name, two."""
-        key = self._length_key
-        status, headers, text = await self._post(body | {key: length})
-        if status == 400 and key == "max_tokens" and "max_completion_tokens" in text:
-            self._length_key = "max_completion_tokens"
-            status, headers, text = await self._post(body | {self._length_key: length})
+        """One attempt; of a server that refuses a key by name, another without it."""
+        asked = self._known(body, length)
+        status, headers, text = await self._post(asked)
+        while status in (400, 422):
+            self._learn(text)
+            before, asked = asked, self._known(body, length)
+            if asked == before:
+                break
+            status, headers, text = await self._post(asked)
         if status >= 400 or status < 200:
             self._refuse(status, headers, text)
         if status >= 300:
@@ -182,15 +178,28 @@ class ChatEndpoint:
         try:
             return json.loads(text)
         except ValueError:
-            raise _Later(f"the answer is no JSON: {self._shown(text)}") from None
+            raise Later(f"the answer is no JSON: {self._shown(text)}") from None
+
+    def _known(self, body: dict[str, Any], length: int) -> dict[str, Any]:
+        """The request as this server is known to take it."""
+        taken = body | {self._length_key: length}
+        if not self._takes_formats:
+            taken.pop("response_format", None)
+        return taken
+
+    def _learn(self, refusal: str) -> None:
+        if "max_completion_tokens" in refusal:
+            self._length_key = "max_completion_tokens"
+        if "response_format" in refusal or "json_schema" in refusal:
+            self._takes_formats = False
 
     def _refuse(self, status: int, headers: Mapping[str, str], text: str) -> None:
         said = f"answered {status}: {self._shown(_message(text))}"
         spent = status == 429 and "insufficient_quota" in text
         if status in _OF_THE_MESSAGES and self._answered:
             raise InfrastructureError(f"{self._named} {said}")
-        if (status >= 500 or status in _PASSING) and not spent:
-            raise _Later(said, _seconds(headers.get("retry-after")))
+        if (status >= 500 or status in PASSING) and not spent:
+            raise Later(said, retry_after_s(headers.get("retry-after")))
         if spent:
             step = "The account has no credit left."
         elif status in (401, 403):
@@ -207,7 +216,7 @@ class ChatEndpoint:
         """Status, headers and text of an answer.
 
         Raises:
-            _Later: there is none this time.
+            Later: there is none this time.
             InfrastructureError: the endpoint was closed.
             UserError: the address is none.
         """
@@ -215,7 +224,7 @@ class ChatEndpoint:
 
         if self._closed:
             raise InfrastructureError(f"{self._named}: the endpoint is closed")
-        line = self._line()
+        line = self._lines.here()
         received = bytearray()
         async with line.slots:
             try:
@@ -226,19 +235,19 @@ class ChatEndpoint:
                     async for piece in response.aiter_bytes():
                         received += piece
                         if len(received) > MAX_ANSWER_BYTES:
-                            raise _Later(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
+                            raise Later(f"the answer is longer than {MAX_ANSWER_BYTES} bytes")
             except TimeoutError:
                 if not clock.expired():
                     raise
-                raise _Later(f"no answer within {self._timeout_s:g} s") from None
+                raise Later(f"no answer within {self._timeout_s:g} s") from None
             except httpx2.InvalidURL as error:
                 raise UserError(f"{self._named}: {error}", "Correct the url.") from None
             except httpx2.HTTPError as error:
                 cause = f"{type(error).__name__}: {error}".rstrip(": ")
-                raise _Later(self._shown(cause)) from None
+                raise Later(self._shown(cause)) from None
         return response.status_code, response.headers, received.decode("utf-8", "replace")
 
-    def _reply(self, answer: Any, attempt: int) -> ChatReply:
+    def _reply(self, answer: Any) -> ChatReply:
         try:
             choice = answer["choices"][0]
             text = choice["message"].get("content")
@@ -246,15 +255,15 @@ class ChatEndpoint:
             usage = answer.get("usage") or {}
             counts = usage.get("prompt_tokens"), usage.get("completion_tokens")
         except (AttributeError, IndexError, KeyError, TypeError):
-            raise _Later(f"no chat completion: {self._shown(json.dumps(answer))}") from None
+            raise Later(f"no chat completion: {self._shown(json.dumps(answer))}") from None
         if not isinstance(text, str | None) or not all(isinstance(n, int | None) for n in counts):
-            raise _Later(f"no chat completion: {self._shown(json.dumps(answer))}")
+            raise Later(f"no chat completion: {self._shown(json.dumps(answer))}")
         self._answered = True
         prompt, completion = counts
         cost = None
         if prompt is not None and completion is not None:
             cost = (prompt * self._prices[0] + completion * self._prices[1]) / 1e6
-        return ChatReply(text or "", str(finish or "stop"), prompt, completion, cost, attempt)
+        return ChatReply(text or "", str(finish or "stop"), prompt, completion, cost)
 
     def _shown(self, text: str) -> str:
         """One line for an error, without the key."""
@@ -262,21 +271,13 @@ class ChatEndpoint:
             text = text.replace(self._api_key, "***")
         return " ".join(text.split())[:_SHOWN_CHARS] or "(nothing)"
 
-    def _line(self) -> _Line:
-        for loop in [loop for loop in self._lines if loop.is_closed()]:
-            del self._lines[loop]
-        loop = asyncio.get_running_loop()
-        if loop not in self._lines:
-            self._lines[loop] = self._open()
-        return self._lines[loop]
-
     def _open(self) -> _Line:
         import httpx2
 
         bearer = {} if self._api_key is None else {"Authorization": f"Bearer {self._api_key}"}
         client = httpx2.AsyncClient(
             headers=bearer,
-            timeout=httpx2.Timeout(None, connect=_CONNECT_S),
+            timeout=httpx2.Timeout(None, connect=CONNECT_S),
             limits=httpx2.Limits(max_connections=self._max_concurrency),
         )
         return _Line(client, asyncio.Semaphore(self._max_concurrency))
@@ -288,35 +289,6 @@ class _Line:
 
     client: httpx2.AsyncClient
     slots: asyncio.Semaphore
-
-
-class _Later(Exception):
-    """No answer this time."""
-
-    def __init__(self, cause: str, after_s: float | None = None) -> None:
-        super().__init__(cause)
-        self.after_s = after_s
-        """What the server asks to be waited."""
-
-
-def read_key(variable: str | None, where: str) -> str | None:
-    """The API key that an environment variable holds; None where none is named.
-
-    Args:
-        where: the place in the config that names the variable.
-
-    Raises:
-        UserError: it is not set.
-    """
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "").strip()
-    if not key:
-        raise UserError(
-            f"{where}: the environment variable {variable} is not set",
-            f"Put the key there: export {variable}=...",
-        )
-    return key
 
 
 def _address(url: str, where: str) -> str:
@@ -350,11 +322,3 @@ def _message(text: str) -> str:
     while isinstance(found, dict):
         found = next((found[k] for k in ("error", "message", "detail") if k in found), None)
     return found if isinstance(found, str) and found else text
-
-
-def _seconds(retry_after: str | None) -> float | None:
-    """Of a `Retry-After` in seconds; a date counts as none."""
-    try:
-        return max(0.0, float(retry_after)) if retry_after else None
-    except ValueError:
-        return None

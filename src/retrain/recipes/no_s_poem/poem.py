@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from retrain import Rollout, reward, verifier
+from retrain.rewards import reward, verifier
+from retrain.types import Rollout
 
 CAT = re.compile(r"\b(cat|kitten|kitty|tabby|feline)\b", re.IGNORECASE)
 HAPPY = ("happy", "joy", "glad", "merry", "cheer", "delight", "laugh", "play", "fun")

@@ -1,0 +1,300 @@
+"""The four trackers, read back through their own readers; a run with them has the bits of one
+without; an interrupted one goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import signal
+import sqlite3
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import retrain
+from retrain.loops.interrupt import Interrupted
+from retrain.tracking.run_dir import read_metrics
+from retrain.types import Rollout
+from runs import digits, hyperparameters, rl_config, rollouts_of, sft_section
+
+LAST = 5
+"""The global step that the run ends with: two of SFT, three of RL."""
+
+calls = {"left": 0}
+
+
+def stops_once(rollout: Rollout) -> float:
+    """`digits`; Ctrl-C once `calls` are used up."""
+    calls["left"] -= 1
+    if calls["left"] == 0:
+        os.kill(os.getpid(), signal.SIGINT)
+    return digits(rollout)
+
+
+def config(directory: Path, trackers: list[Any]) -> dict[str, Any]:
+    """SFT, RL that is evaluated after each step, an evaluation."""
+    source = {"type": "python", "function": "runs:questions", "params": {"n": 2, "first": 60}}
+    tracking: dict[str, Any] = {"progress": "off"}
+    if trackers:
+        tracking |= {"trackers": trackers, "rollouts_logged": 3, "rollouts_logged_every": 2}
+        tracking |= {"artifacts": True, "finish_timeout_s": 120.0}
+    return rl_config(
+        directory,
+        logging_level="error",
+        environment={"type": "qa"},
+        sft=sft_section(steps=2, batch_size=2),
+        algorithm={"hyperparameters": hyperparameters(steps=3)},
+        reward_setup={"rollout_reward_configs": {"d": {"function": "test_trackers:stops_once"}}},
+        evaluation={
+            "prompt_source": source,
+            "every_steps": 1,
+            "modes": [{"name": "T=1", "temperature": 1.0}],
+        },
+        stages=[{"kind": "sft"}, {"kind": "rl"}, {"kind": "eval", "name": "after"}],
+        tracking=tracking,
+    )
+
+
+@dataclass(frozen=True)
+class Ran:
+    plain: Path
+    tracked: Path
+    place: Path
+    """Where trackers write that do not write into the run directory."""
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    """A run without trackers, and one with all of them: interrupted in the last step of RL, gone on
+    with from the end of SFT, so that two steps of RL are logged twice."""
+    for package in ("wandb", "tensorboard", "trackio", "mlflow"):
+        pytest.importorskip(package)
+    place = tmp_path_factory.mktemp("trackers")
+    trackers: list[Any] = [
+        {"type": "wandb", "mode": "offline", "project": "p", "name": "n", "tags": ["a"]}
+        | {"group": "g", "entity": "e"},
+        "tensorboard",
+        {"type": "trackio", "project": "p", "name": "n", "directory": str(place / "trackio")},
+        {"type": "mlflow", "tracking_uri": (place / "ml").as_uri(), "experiment": "x", "name": "n"},
+    ]
+    plain = retrain.run_sync(config(place / "plain", []))
+    calls["left"] = 2 * 6 + 2 * 2 + 3
+    with pytest.raises(Interrupted):
+        retrain.run_sync(config(place / "tracked", trackers))
+    (tracked,) = (place / "tracked").glob("t-0*")
+    killed = [run.info.status for run in mlflow_runs(place)]
+    assert killed == ["KILLED"]
+    for checkpoint in (tracked / "checkpoints").glob("rl-*"):
+        shutil.rmtree(checkpoint)
+    calls["left"] = 0
+    retrain.run_sync(config(place / "tracked", trackers), resume="latest")
+    return Ran(plain.path, tracked, place)
+
+
+def test_nothing_that_trains_or_is_measured_changes(ran: Ran) -> None:
+    def measured(run: Path) -> list[dict[str, Any]]:
+        timed = ("seconds", "tokens_per_s")
+        return [
+            {n: v for n, v in row.items() if not any(word in n for word in timed)}
+            for row in read_metrics(run / "metrics.jsonl")
+        ]
+
+    def left(run: Path) -> dict[str, Any]:
+        checkpoint = run / "checkpoints" / "rl"
+        state = json.loads((checkpoint / "resume" / "state.json").read_text())
+        for key in ("sizes", "results"):
+            del state[key]
+        return {"state": state, "bytes": (checkpoint / "model.safetensors").read_bytes()}
+
+    assert measured(ran.plain) == measured(ran.tracked)
+    assert left(ran.plain) == left(ran.tracked)
+
+
+def test_no_log_but_that_of_trackio_says_anything(ran: Ran) -> None:
+    logs = {path.stem: path.read_text() for path in (ran.tracked / "trackers").glob("*.log")}
+    assert set(logs) == {"wandb", "tensorboard", "trackio", "mlflow"}
+    assert "Traceback" not in "".join(logs.values())
+
+
+def expected(ran: Ran) -> dict[tuple[str, int], float]:
+    """(name, global step): value, of some metrics of the run."""
+    found = {}
+    for row in read_metrics(ran.tracked / "metrics.jsonl"):
+        stage, step = str(row["stage"]), int(row["step"] or 0)
+        at = {"sft": step, "rl": 2 + step, "rl-eval": 2 + step, "after": LAST}[stage]
+        for name in ("loss", "reward/mean", "eval/T=1/reward"):
+            if row.get(name) is not None:
+                found[f"{stage}/{name}", at] = float(row[name] or 0)
+    assert len(found) >= 2 + 3 + 3 + 1, "and the loss of those steps of RL that have one"
+    return found
+
+
+# Weights & Biases
+
+
+def wandb_records(run: Path) -> list[Any]:
+    """The records of each of the run's transaction logs, in order."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found = []
+    for path in sorted(run.glob("wandb/offline-run-*/*.wandb")):
+        records = []
+        for data in log_records(path.read_bytes()):
+            record = Record()
+            record.ParseFromString(data)
+            records.append(record)
+        found.append(records)
+    return found
+
+
+def log_records(data: bytes) -> Iterator[bytes]:
+    """Of a LevelDB log: blocks of 32 KiB; CRC, length and type before each piece of a record."""
+    at, pieces = 7, b""
+    while at + 7 <= len(data):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack_from("<IHB", data, at)
+        pieces += data[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):
+            yield pieces
+            pieces = b""
+
+
+def history(records: list[Any]) -> list[dict[str, Any]]:
+    def name(item: Any) -> str:
+        return item.key or ".".join(item.nested_key)
+
+    rows = [r.history for r in records if r.WhichOneof("record_type") == "history"]
+    return [{name(i): json.loads(i.value_json) for i in row.item} for row in rows]
+
+
+def test_wandb_goes_on_with_one_run_over_its_own_axis(ran: Ran) -> None:
+    parts = wandb_records(ran.tracked)
+    first, second = map(history, parts)
+    assert len({r.run.run_id for part in parts for r in part if r.HasField("run")}) == 1
+    started = next(r.run for r in parts[1] if r.HasField("run"))
+    assert (started.project, started.display_name, list(started.tags)) == ("p", "n", ["a"])
+    assert (started.run_group, started.entity) == ("g", "e")
+    configured = {item.key: item.value_json for item in started.config.update}
+    assert json.loads(configured["experiment_name"]) == "t"
+    steps = [row["_step"] for row in (*first, *second)]
+    assert steps == sorted(set(steps)), "W&B drops what goes back"
+    metrics = {
+        (name, row["global_step"]): value
+        for row in (*first, *second)
+        for name, value in row.items()
+        if not isinstance(value, dict)
+    }
+    for place, value in expected(ran).items():
+        assert metrics[place] == pytest.approx(value), place
+    axes = [r.metric for r in parts[1] if r.HasField("metric")]
+    assert any(m.glob_name == "*" and m.step_metric == "global_step" for m in axes)
+    codes = [r.exit.exit_code for part in parts for r in part if r.HasField("exit")]
+    assert codes == [255, 0]
+
+
+def test_wandb_gets_tables_and_artifacts(ran: Ran) -> None:
+    second = wandb_records(ran.tracked)[1]
+    rows = history(second)
+    tables = {n.partition(".")[0] for row in rows for n in row if n.startswith("traces/")}
+    assert tables == {"traces/rl", "traces/rl-eval-T_1", "traces/after-T_1"}
+    at = [row["global_step"] for row in rows if "traces/rl._type" in row]
+    assert at == [4], "rollouts_logged_every is 2: step 2 of RL only"
+    *_, file = sorted(ran.tracked.glob("wandb/*/files/media/table/traces/rl_*.json"))
+    table = json.loads(file.read_text())
+    assert len(table["data"]) == 3
+    by_id = {rollout.id: rollout for rollout in rollouts_of(ran.tracked)[2]}
+    for cells in table["data"]:
+        row = dict(zip(table["columns"], cells, strict=True))
+        rollout = by_id[row["id"]]
+        assert row["reward"] == rollout.reward
+        assert row["completion"] == rollout.completion
+        assert row["prompt"].startswith("What is ")
+        assert json.loads(row["reward_parts"]) == {"d": rollout.reward}
+    names = {
+        r.artifact.type or r.request.log_artifact.artifact.type
+        for r in second
+        if r.HasField("artifact") or r.request.HasField("log_artifact")
+    }
+    assert {"results", "curves", "checkpoint"} <= names
+
+
+# TensorBoard
+
+
+def test_tensorboard_purges_what_is_made_again(ran: Ran) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(ran.tracked / "tensorboard"))
+    events.Reload()
+    found = {
+        (name, event.step): event.value
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
+    for place, value in expected(ran).items():
+        assert found[place] == pytest.approx(value, rel=1e-6), place
+    assert [event.step for event in events.Scalars("rl/reward/mean")] == [3, 4, 5]
+    *_, texts = events.Tensors("traces/rl")  # text is not purged
+    assert texts.step == 4 and len(texts.tensor_proto.string_val) == 3
+    assert b"What is " in texts.tensor_proto.string_val[0]
+    assert b"parts: " in texts.tensor_proto.string_val[0]
+    assert events.Tags()["images"] == ["curves"]
+    assert b"success" in events.Tensors("results")[0].tensor_proto.string_val[0]
+
+
+# trackio
+
+
+def test_trackio_keeps_one_run_with_traces(ran: Ran) -> None:
+    with contextlib.closing(sqlite3.connect(ran.place / "trackio" / "p.db")) as database:
+        rows = database.execute("select run_id, run_name, step, metrics from metrics order by id")
+        metrics = [(run, name, step, json.loads(text)) for run, name, step, text in rows]
+        traces = database.execute("select count(*) from traces").fetchone()[0]
+        artifacts = {name for (name,) in database.execute("select type from artifacts")}
+    assert len({row[0] for row in metrics}) == 1 and {row[1] for row in metrics} == {"n"}
+    found = {(name, step): v for *_, step, values in metrics for name, v in values.items()}
+    for place, value in expected(ran).items():
+        assert found[place] == pytest.approx(value), place
+    assert traces >= 3 + 3 * 2 + 2
+    assert artifacts == {"results", "curves", "checkpoint"}
+
+
+# MLflow
+
+
+def mlflow_runs(place: Path) -> list[Any]:
+    os.environ["MLFLOW_ALLOW_FILE_STORE"] = "true"
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient((place / "ml").as_uri())
+    experiment = client.get_experiment_by_name("x")
+    return list(client.search_runs([experiment.experiment_id]))
+
+
+def test_mlflow_keeps_one_run(ran: Ran) -> None:
+    from mlflow.tracking import MlflowClient
+
+    (run,) = mlflow_runs(ran.place)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "n")
+    assert run.data.params["algorithm.hyperparameters.steps"] == "3"
+    client = MlflowClient((ran.place / "ml").as_uri())
+    history_of = functools.partial(client.get_metric_history, run.info.run_id)
+    for (name, step), value in expected(ran).items():
+        stored = name.replace("=", "_").replace("/", ".")
+        assert {m.value for m in history_of(stored) if m.step == step} == {value}, name
+    assert [m.step for m in history_of("rl.reward.mean")] == [3, 4, 3, 4, 5]
+    below = ran.place / "ml" / run.info.experiment_id / run.info.run_id / "artifacts"
+    kept = {str(path.relative_to(below)) for path in below.rglob("*") if path.is_file()}
+    assert {"results.md", "curves.png", "checkpoint/model.safetensors"} <= kept
+    table = json.loads((below / "rollouts" / "rl-000004.json").read_text())
+    assert len(table["data"]) == 3 and "advantage" in table["columns"]
