@@ -3,7 +3,6 @@ against what the engine sampled."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -107,14 +106,3 @@ def weights_changed(adapted: Adapted) -> bool:
     from runs import metrics_of
 
     return any(row.get("grad_norm", 0.0) > 0 for row in metrics_of(adapted.result.path))
-
-
-def said(question: str, answers: Sequence[str], n: int) -> Iterator[dict[str, Any]]:
-    """`n` traces of one turn, the answers in turn."""
-    for number in range(n):
-        yield {
-            "messages": [
-                {"role": "user", "content": question},
-                {"role": "assistant", "content": answers[number % len(answers)]},
-            ]
-        }

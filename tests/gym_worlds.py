@@ -10,7 +10,7 @@ import gymnasium
 import numpy as np
 from gymnasium.spaces import Box, Dict, Discrete, Text
 
-from adapting import said
+from saying import said
 
 LAKE = ["left", "down", "right", "up"]
 

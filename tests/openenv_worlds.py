@@ -16,7 +16,7 @@ from openenv.core.client_types import StepResult
 from openenv.core.env_server import Action, Environment, Observation, State, create_app
 from pydantic import Field
 
-from adapting import said
+from saying import said
 
 
 class Say(Action):

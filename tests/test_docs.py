@@ -6,6 +6,7 @@ In the documents `<!-- file: NAME -->` before a block names the file that it is,
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -26,12 +27,15 @@ from retrain.config.algorithm import AlgorithmConfig
 from retrain.config.load import merge
 from retrain.config.model import ModelConfig
 from retrain.config.presets import PRESETS
+from retrain.config.rewards import RewardSetup
 from retrain.importing import import_object
+from retrain.loops.build import build_calculator
 from retrain.loops.check import check
 from retrain.loops.resume import AT_A_COST, FREE
 from retrain.loops.world import build_sandbox
 from retrain.models import load_policy
-from retrain.rewards import resolve_reward
+from retrain.rewards import REWARDS, resolve_reward
+from retrain.sandbox import MontySandbox
 from retrain.tools import resolve_tools
 from runs import rl_config, rollouts_of
 
@@ -284,3 +288,26 @@ def test_the_configs_and_the_protocol_on_the_page_about_agents(
     result = run_sync(config)
     agents = [rollout.agent for rollout in rollouts_of(result.path)[1]]
     assert agents[:5] == ["host", *["guest"] * 4]
+
+
+def test_the_page_about_rewards_is_what_the_script_writes() -> None:
+    path = ROOT / "scripts" / "reward_reference.py"
+    spec = importlib.util.spec_from_file_location("reward_reference", path)
+    assert spec is not None and spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    assert script.page() == text, "run python scripts/reward_reference.py"
+
+
+def test_examples_on_the_page_about_rewards_can_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_KEY", "sk-1")
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    examples = [parse(found) for found in re.findall(r"Example: `([^\n]+)`$", text, re.MULTILINE)]
+    assert {name for example in examples for name in example} == set(REWARDS)
+    for example in examples:
+        kind = "group" if "pairwise_judge" in example else "rollout"
+        setup = RewardSetup.model_validate({f"{kind}_reward_configs": example})
+        build_calculator(setup, MontySandbox())
+    for block in blocks("docs/rewards.md"):
+        build_calculator(RewardSetup.model_validate(parse(block.text)["reward_setup"]), None)  # type: ignore[arg-type]

@@ -13,8 +13,9 @@ pytest.importorskip("reasoning_gym")
 
 import reasoning_gym
 
-from adapting import check_ledger, said, train, weights_changed
+from adapting import check_ledger, train, weights_changed
 from runs import hyperparameters, model_section
+from saying import said
 
 DATASETS: dict[str, dict[str, int]] = {
     "chain_sum": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},

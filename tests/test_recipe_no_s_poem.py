@@ -118,6 +118,6 @@ def test_the_recipe_gains_more_than_its_control(tmp_path: Path) -> None:
     recipe = run_command("no_s_poem", "recipe", tmp_path)
     control = run_command("no_s_poem", "control", tmp_path)
     assert control.evaluations["before", "T=1"] == recipe.evaluations["before", "T=1"]
-    assert recipe.gain - control.gain >= margin("no_s_poem")
+    assert recipe.gain - max(control.gain, 0.0) >= margin("no_s_poem")
     rewards = recipe.curve("reward/mean")
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 40

@@ -34,14 +34,19 @@ from retrain.recipes.router_r1.toy import (
     NAMES,
     UNKNOWN,
     code_of,
-    hops,
     query_of,
     scout_knows,
     tasks,
     town_of,
     traces,
 )
-from retrain.recipes.router_r1.walkthrough import RECIPE, Walkthrough, evaluated, measure_fixed
+from retrain.recipes.router_r1.walkthrough import (
+    RECIPE,
+    Walkthrough,
+    evaluated,
+    measure_fixed,
+    walk,
+)
 from retrain.tools.base import ToolOutput
 from retrain.tracking.rollouts import read_rollouts
 from retrain.types import Message, MessageType, Rollout, Source, Task, UserError
@@ -385,5 +390,21 @@ def test_the_same_file_trains_with_ppo(tmp_path: Path) -> None:
     assert len(losses) >= 2
 
 
-def test_hops_of_a_question() -> None:
-    assert hops("both") == ("code", "town") and hops("sum") == ("sum",)
+def test_the_walkthrough_from_end_to_end_at_no_size(tmp_path: Path) -> None:
+    small = [
+        "tracking.progress=off",
+        "tracking.plots=false",
+        "sft.steps=2",
+        "sft.warmup_steps=0",
+        "evaluation.prompt_source.params.n=8",
+        "algorithm.hyperparameters.steps=1",
+        "algorithm.hyperparameters.prompts_per_step=2",
+    ]
+    walked = walk([0.0, 0.7], output_dir=str(tmp_path), overrides=small)
+    assert [one.name for one in walked.fixed] == [f"always {name}" for name in NAMES]
+    assert {one.name: one.success for one in walked.fixed}["always clerk"] == 0.25
+    assert set(walked.learned) == {0.0, 0.7} and walked.control is not None
+    assert len(walked.broken()) >= 2  # nothing was learned
+    for line in ("| always sage | 0.500 |", "| learned, α = 0.7 |", "| random rewards |"):
+        assert line in walked.report()
+    assert "Every promise was kept." not in walked.report()

@@ -219,6 +219,8 @@ def test_tool_calls():
     assert count(rollout, max_calls=1) == 0.0
     assert count(rollout, min_calls=3, status="any") == 1.0
     assert count(rollout_saying("x")) == 0.0
+    own = rollout_saying("x", metrics={"tool_calls/ok": 3.0, "tool/search/ok": 1.0})
+    assert [count(own, tool=name) for name in ("search", "python")] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -286,7 +286,7 @@ def test_the_window_moves_between_steps_only_and_a_checkpoint_holds_it() -> None
 async def test_the_calculator_takes_it_as_the_recipe_names_it() -> None:
     setup = load_config("src/retrain/recipes/router_r1/tiny.yaml").reward_setup
     calculator = build_calculator(setup, MontySandbox())
-    right = rollout("<think>sum</think><search>abacus:1+2</search>", "<answer>3</answer>",
+    right = rollout("<think>sum</think><search>scout:1+2</search>", "<answer>3</answer>",
                     cost=1.0, answer="3")  # fmt: skip
     await calculator.score([right])
     assert right.reward == 1.0

@@ -12,7 +12,7 @@ import openai
 import verifiers.v1 as vf
 from verifiers.v1.harnesses.utils.mcp import call_mcp, connect_mcp
 
-from adapting import said
+from saying import said
 from verifiers_tools import Shop
 
 __all__ = ["Digits", "Loop"]

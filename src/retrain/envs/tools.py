@@ -18,8 +18,8 @@ class ToolEnvironment(Environment):
 
     Several calls in one turn run at the same time; their results come back in the order of the
     calls. Every failure of a call is shown to the policy. A rollout's metrics count its calls:
-    `tool_calls` all of them (0 where none was made), `tool_calls/<status>` and, where there are
-    several tools, `tool/<name>/<status>`; figures that tools give with their results are added up.
+    `tool_calls` all of them (0 where none was made), `tool_calls/<status>`, and for each tool
+    `tool/<name>/<status>`; figures that tools give with their results are added up.
 
     Args:
         tools: what may be called; the environment closes them.
@@ -127,7 +127,7 @@ class ToolEnvironment(Environment):
     def _count(self, rollout: Rollout, result: ToolResult) -> None:
         _add(rollout, f"tool_calls/{result.status}", 1.0)
         _add(rollout, "seconds/tools", result.wall_s)
-        if len(self.tools) > 1 and any(tool.name == result.call.name for tool in self.tools):
+        if any(tool.name == result.call.name for tool in self.tools):
             _add(rollout, f"tool/{result.call.name}/{result.status}", 1.0)
         for name, value in result.metrics.items():
             _add(rollout, name, value)

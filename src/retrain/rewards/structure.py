@@ -116,17 +116,22 @@ def tool_calls(
     min_calls: int = 1,
     max_calls: int | None = None,
     status: Literal["ok", "model_error", "tool_error", "timeout", "any"] = "ok",
+    tool: str | None = None,
 ) -> float:
     """1 when the number of tool calls that ended with `status` is in range, else 0.
 
-    Range [0, 1]; both ends are included. `any` counts every call, successful or not.
+    Range [0, 1]; both ends are included. `any` counts every call, successful or not. With `tool`
+    only the calls of the tool of that name count. 0 calls where the rollout has no such tool.
 
-    Example: `tool_calls: {params: {min_calls: 1, max_calls: 3}}`
+    Example: `tool_calls: {params: {tool: python, min_calls: 1, max_calls: 3}}`
     """
-    count = count_tool_calls(rollout, CALL_STATUSES if status == "any" else (status,))
+    count = count_tool_calls(rollout, CALL_STATUSES if status == "any" else (status,), tool)
     return float(count >= min_calls and (max_calls is None or count <= max_calls))
 
 
-def count_tool_calls(rollout: Rollout, statuses: Sequence[str] = CALL_STATUSES) -> float:
-    """How many calls the environment recorded with these statuses."""
-    return sum(rollout.metrics.get(f"tool_calls/{status}", 0.0) for status in statuses)
+def count_tool_calls(
+    rollout: Rollout, statuses: Sequence[str] = CALL_STATUSES, tool: str | None = None
+) -> float:
+    """How many calls, of one tool or of all, the environment recorded with these statuses."""
+    place = "tool_calls" if tool is None else f"tool/{tool}"
+    return sum(rollout.metrics.get(f"{place}/{status}", 0.0) for status in statuses)
