@@ -94,9 +94,6 @@ async def spoken(world: tuple[Any, Any], *lines: str) -> Rollout:
     return made
 
 
-# --- the pool ---------------------------------------------------------------------------------
-
-
 async def test_a_request_is_routed_by_name_and_paid_by_the_token() -> None:
     with ChatServer(lambda messages: " It is Frankfurt. \n", model="small") as server:
         tool = RouteTool(at(server.url, "Small-7B", model="small", max_tokens=9))
@@ -155,9 +152,6 @@ def test_a_prompt_without_the_query_is_refused(prompt: str) -> None:
         RouteTool(at("http://127.0.0.1:9/v1", "a"), prompt=prompt)
 
 
-# --- the protocol -----------------------------------------------------------------------------
-
-
 async def test_information_goes_into_the_running_response(world: tuple[Any, Any]) -> None:
     number = next(n for n in range(100, 999) if town_of(n) == "Lima")
     said = f"<think>town</think><search>sage:town {number}</search>"
@@ -204,9 +198,6 @@ def test_generation_stops_at_the_answer_too(world: tuple[Any, Any]) -> None:
     assert build_renderer(without, load_policy(config.model, seed=0)).stop == ("</search>",)
 
 
-# --- settings and real set-ups ----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["ppo", "grpo"])
 def test_the_settings_are_those_of_the_files(name: str) -> None:
     config = load_config(f"recipe:router_r1/{name}")
@@ -242,9 +233,6 @@ def test_a_pool_of_ones_own_goes_by_its_names() -> None:
     params = settings.reward_setup()["rollout_reward_configs"]["router"]["params"]
     assert params["models"] == [one.name for one in pool] and params["alpha"] == 0.6
     assert {model["api_key_env"] for model in settings.models()} == {"KEY"}
-
-
-# --- the toy world ----------------------------------------------------------------------------
 
 
 def test_what_the_experts_know() -> None:
@@ -322,9 +310,6 @@ async def test_a_fixed_choice_goes_its_way_through_the_environment(world: tuple[
     assert "| clerk | 0.250 | 13.5 | 0.00 | 1.25 | 0.00 | 0.250 |" in table([measured], [0.0])
     walked = Walkthrough((0.0,), [measured], {0.0: measured}, measured)
     assert len(walked.broken()) == 2  # no better than itself, nor than the control
-
-
-# --- the tiny run -----------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -108,6 +108,8 @@ def endpoints_asked(config: TrainingConfig) -> list[str]:
     if isinstance(section, AgentsConfig):
         played = [n for n, agent in section.agents.items() if agent.player.type == "openai"]
         found += [f"an endpoint plays {name}" for name in played]
+    if isinstance(section, OpenEnvConfig):
+        found.append("a server plays the environment")
     for tool in _tool_list(section):
         if tool.name in _ASKING_TOOLS or (tool.name == "simulated" and "model" in tool.params):
             found.append(f"the tool {tool.name} asks an endpoint")
