@@ -34,12 +34,12 @@ def synthesise(passages: int, queries: int, corpus: Path) -> list[str]:
     """Write a corpus; return queries."""
     generator = np.random.default_rng(0)
     words = np.array([f"w{n:x}q" for n in range(VOCABULARY)])
-    shares = 1 / np.arange(1, VOCABULARY + 1) ** 1.05
-    shares /= shares.sum()
+    shares = np.cumsum(1 / np.arange(1, VOCABULARY + 1) ** 1.05)
+    shares /= shares[-1]
 
     def text(shortest: int, longest: int) -> str:
         count = generator.integers(shortest, longest + 1)
-        return " ".join(words[generator.choice(VOCABULARY, size=count, p=shares)])
+        return " ".join(words[np.searchsorted(shares, generator.random(count), side="right")])
 
     with corpus.open("w") as stream:
         for number in range(passages):

@@ -24,9 +24,9 @@ STEP = f"{RUN}::test_sizes_and_sampling_of_a_step"
 REWARD = f"{RUN}::test_every_key_of_a_reward_acts"
 SCRIPTED = f"{RUN}::test_a_scripted_user_and_the_ends_of_a_dialogue"
 PLAYED = f"{RUN}::test_a_user_that_a_model_plays_is_sampled_as_described"
-AGENTS = "test_agents.py"
-OF_AGENTS = f"{AGENTS}::test_an_own_class_gets_its_params"
-WITH_TOOLS = f"{AGENTS}::test_every_key_of_an_agent_with_tools_acts"
+AGENTS, AGENT_RUNS = "test_agents.py", "test_agents_run.py"
+OF_AGENTS = f"{AGENT_RUNS}::test_an_own_class_gets_its_params"
+WITH_TOOLS = f"{AGENT_RUNS}::test_every_key_of_an_agent_with_tools_acts"
 PHONED = "test_endpoint_user.py::test_every_key_of_an_endpoint_user_acts"
 WAITED = "test_endpoint_user.py::test_deadline_retries_and_concurrency_of_an_endpoint_user"
 SOURCE_TYPE = f"{RUN}::test_type_path_and_format_decide_what_is_read"
@@ -214,7 +214,6 @@ EVERY_KEY: dict[str, dict[str, str]] = {
             "action_field",
             "action_pattern",
             "observation_field",
-            "tool_format",
             "max_steps",
             "invalid_reward",
             "timeout_s",
@@ -246,7 +245,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
     },
     "PolicyPlayer": {"type": OF_AGENTS},
     "AgentConfig": {
-        "trainable": f"{AGENTS}::test_a_frozen_agents_words_and_rewards_change_no_weight",
+        "trainable": f"{AGENT_RUNS}::test_a_frozen_agents_words_and_rewards_change_no_weight",
         "system_prompt": f"{AGENTS}::test_agents_take_turns_and_hear_each_other",
         "sees_task": OF_AGENTS,
         "calls": WITH_TOOLS,
@@ -257,7 +256,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "type": OF_AGENTS,
         "path": OF_AGENTS,
         "params": OF_AGENTS,
-        "max_turns": f"{AGENTS}::test_an_endpoint_plays_an_agent",
+        "max_turns": f"{AGENT_RUNS}::test_an_endpoint_plays_an_agent",
         "stop_phrase": f"{AGENTS}::test_agents_take_turns_and_hear_each_other",
         "tool_timeout_s": WITH_TOOLS,
         "tool_retries": WITH_TOOLS,
@@ -331,7 +330,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "error_penalty": "test_rollout_failures.py::test_on_error_penalty",
     },
     "RewardConfig": {
-        "agents": f"{AGENTS}::test_a_frozen_agents_words_and_rewards_change_no_weight",
+        "agents": f"{AGENT_RUNS}::test_a_frozen_agents_words_and_rewards_change_no_weight",
         "function": REWARD,
         "weight": REWARD,
         "params": REWARD,
@@ -438,7 +437,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "params": TRACKER_INTERVALS,
     },
     "EvaluationConfig": {
-        "agents": f"{AGENTS}::test_evaluations_count_the_agents_named",
+        "agents": f"{AGENT_RUNS}::test_evaluations_count_the_agents_named",
         "every_steps": EVALUATES,
         "max_new_tokens": EVALUATED,
         "success_reward": f"{RUN}::test_success_may_be_that_of_one_reward",
