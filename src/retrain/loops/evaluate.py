@@ -14,6 +14,8 @@ from retrain.data import TaskSource, load_tasks
 from retrain.engines import SamplingParams
 from retrain.loops.build import build_calculator, build_sampler
 from retrain.loops.context import RunContext, check_prompts_fit
+from retrain.loops.metrics import means_by_name
+from retrain.loops.success import is_success
 from retrain.loops.survivors import write_failures
 from retrain.loops.world import build_environment, build_renderer
 from retrain.rewards import RewardCalculator
@@ -25,13 +27,6 @@ from retrain.types import Rollout, Task, UserError
 EVALUATION_EPOCH = -1
 """The epoch in the seeds of evaluation rollouts: each task draws the same numbers in every
 evaluation of a run, so that before and after are paired."""
-
-
-def is_success(rollout: Rollout, reward: str | None, threshold: float) -> bool:
-    """Whether a reward's raw value, or the total when no reward is named, reaches a threshold."""
-    if reward is None:
-        return rollout.reward >= threshold
-    return any(part.name == reward and part.raw >= threshold for part in rollout.reward_parts)
 
 
 @dataclass(frozen=True)
@@ -102,6 +97,9 @@ class EvalStage:
             result = self._result(stage, mode, rollouts)
             results.append(result)
             metrics |= _metrics(result, self.settings.group_by)
+            counted = [rollout for rollout in rollouts if self._counts(rollout)]
+            for name, mean in means_by_name(counted).items():
+                metrics[f"eval/{mode.name}/{name}"] = mean
             masked = sum(rollout.error is not None for rollout in rollouts)
             metrics[f"eval/{mode.name}/masked"] = float(masked)
             write_failures(context.run, stage, step, rollouts, f"{stage} step {step}, {mode.name}")
@@ -128,7 +126,7 @@ class EvalStage:
         n = successes = 0
         total = 0.0
         for rollout in rollouts:
-            if rollout.error is not None or not _counts(rollout, settings.agents):
+            if not self._counts(rollout):
                 continue
             won = is_success(rollout, settings.success_reward, settings.success_threshold)
             value = _group_value(rollout, settings.group_by)
@@ -148,6 +146,13 @@ class EvalStage:
             by_group=by_group,
             excluded=tuple(settings.exclude),
         )
+
+    def _counts(self, rollout: Rollout) -> bool:
+        """What is masked does not, nor what another agent did."""
+        if rollout.error is not None or rollout.episode is None:
+            return rollout.error is None
+        agents = self.settings.agents
+        return rollout.trainable if agents is None else rollout.agent in agents
 
     def _write_transcripts(
         self, context: RunContext, stage: str, mode: EvaluationMode, rollouts: Sequence[Rollout]
@@ -207,12 +212,6 @@ def check_modes(modes: Sequence[EvaluationMode], config: TrainingConfig) -> None
                 "but the environment has no tools to switch off",
                 "Remove the key, or list tools under environment.tools.",
             )
-
-
-def _counts(rollout: Rollout, agents: Sequence[str] | None) -> bool:
-    if rollout.episode is None:
-        return True
-    return rollout.trainable if agents is None else rollout.agent in agents
 
 
 def _group_value(rollout: Rollout, column: str | None) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from retrain.config.stages import EvaluationConfig
 from retrain.loops.credit import has_variance, sampled_tokens, truncated
-from retrain.loops.evaluate import is_success
+from retrain.loops.success import is_success
 from retrain.loops.survivors import Freshness, large_enough
 from retrain.types import NO_VERSION, Rollout
 
@@ -62,7 +62,7 @@ def rollout_metrics(
     metrics["truncated"] = statistics.fmean(truncated(rollout) for rollout in kept)
     metrics |= _staleness(kept, version) | _sampled_entropy(kept)
     metrics["staleness/steps_max"] = float(max(map(freshness.steps_behind, kept)))
-    metrics |= _by_name(kept)
+    metrics |= means_by_name(kept)
     metrics |= _shares(kept)
     return metrics
 
@@ -92,7 +92,7 @@ def failure_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
     return metrics | {f"masked/{kind}": float(count) for kind, count in sorted(kinds.items())}
 
 
-def _by_name(kept: Sequence[Rollout]) -> dict[str, float]:
+def means_by_name(kept: Sequence[Rollout]) -> dict[str, float]:
     """Mean value of each reward over rollouts, and mean of each metric that rollouts carry."""
     rewards: dict[str, float] = {}
     carried: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""What counts as a success to a curriculum."""
+"""What counts as a success, to an evaluation and to a curriculum."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from retrain.config.data import PromptSourceConfig, single_sources
 from retrain.config.stages import EvaluationConfig
 from retrain.data import Succeeded
 from retrain.importing import suggest
-from retrain.loops.evaluate import is_success
 from retrain.types import Rollout, UserError
+
+
+def is_success(rollout: Rollout, reward: str | None, threshold: float) -> bool:
+    """Whether a reward's raw value, or the total when no reward is named, reaches a threshold."""
+    if reward is None:
+        return rollout.reward >= threshold
+    return any(part.name == reward and part.raw >= threshold for part in rollout.reward_parts)
 
 
 def success_of(evaluation: EvaluationConfig | None) -> Succeeded:
