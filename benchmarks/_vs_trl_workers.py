@@ -215,14 +215,15 @@ def run_retrain(job: Job) -> Result:
 def _retrain_prompts(config: dict[str, Any]) -> list[list[int]]:
     """What the renderer gives the engine, asked of the library's own parts."""
     from retrain.config.load import load_config
-    from retrain.loops.world import build_renderer, build_tools
+    from retrain.loops.agents import make_tools
+    from retrain.loops.world import build_renderer
     from retrain.models import load_policy
     from retrain.tools import tool_schema
     from retrain.types import Message, MessageType, Rollout
 
     checked = load_config(config)
     renderer = build_renderer(checked, load_policy(checked.model))
-    schemas = [tool_schema(tool) for tool in build_tools(checked, None)]  # type: ignore[arg-type]
+    schemas = [tool_schema(tool) for tool in make_tools(checked.environment.tool_list(), None)[0]]  # type: ignore[arg-type]
     prompts = []
     for row in task_module().tasks(PROMPTS, checked.seed):
         rollout = Rollout()

@@ -156,6 +156,48 @@ def test_a_frozen_agents_words_and_rewards_change_no_weight(tmp_path: Path) -> N
     assert digests[1] != digests[2]
 
 
+def test_agents_of_many_attempts_do_not_wait_for_each_others_slots(tmp_path: Path) -> None:
+    """Each of them keeps a slot of the engine until the attempt ends."""
+    environment = {"type": "agents", "agents": {"a": {}, "b": {"sees_task": False}}}
+    environment |= {"path": "test_agents_run:EachOnce"}
+    config = rl_config(
+        tmp_path,
+        environment=environment,
+        engine={"type": "torch", "max_slots": 4},
+        rollout={"timeout_s": 20, "retries": 0},
+        algorithm={"hyperparameters": hyperparameters(group_size=4, steps=1)},
+        reward_setup=DIGITS,
+    )
+    result = retrain.run_sync(config)
+    assert result.metrics["rollouts"] == 16 and result.metrics["rollouts/masked"] == 0
+    crowd = environment | {"agents": {f"a{number}": {} for number in range(40)}}
+    with pytest.raises(UserError, match=r"40 agents .* slots, which each of them keeps"):
+        retrain.run_sync(config | {"environment": crowd})
+
+
+def test_means_are_those_of_the_agents_that_a_reward_is_for(tmp_path: Path) -> None:
+    evaluation = {
+        "prompt_source": {"type": "python", "function": "runs:questions", "limit": 2},
+        "agents": ["solver"],
+        "success_reward": "one",
+        "modes": [{"name": "T=1"}],
+    }
+    agents = {"asker": {"system_prompt": "Ask."}, "solver": {"system_prompt": "Solve."}}
+    rewards = {
+        "one": {"function": "test_agents_run:one", "agents": ["solver"]},
+        "digits": {"function": "runs:digits", "agents": ["asker"]},
+    }
+    config = rl_config(
+        tmp_path,
+        environment=TWO | {"agents": agents},
+        evaluation=evaluation,
+        reward_setup={"rollout_reward_configs": rewards},
+    )
+    metrics = metrics_of(retrain.run_sync(config).path)[0]
+    assert metrics["success"] == 1.0 and metrics["reward/one"] == 1.0
+    assert metrics["reward/digits"] == pytest.approx(metrics["agent/asker/reward"])
+
+
 def test_another_model_plays_a_frozen_opponent(tmp_path: Path) -> None:
     opponent = {"type": "model", "model": model_section(), "max_new_tokens": 4}
     agents = {"a": {}, "b": {"player": opponent | {"temperature": 0.5}}}
@@ -180,6 +222,10 @@ def test_another_model_plays_a_frozen_opponent(tmp_path: Path) -> None:
         ({"agents": {"a": {"max_steps": 3}}}, "max_steps 3 does nothing"),
         ({"agents": {"a": {}}, "max_turns": 3}, "max_turns does nothing"),
         ({"agents": {"a": {}}, "describe_tools": True}, "nothing to act on"),
+        ({"agents": {"a": {}, "b": {"trainable": False}}, "tool_retries": 1}, "no agent has tools"),
+        ({"agents": {"a": {}}, "stop_phrase": "x"}, "stop_phrase does nothing"),
+        ({"agents": {"a": {"calls": ["b", "b"]}, "b": {"description": "x"}}}, "an agent twice"),
+        ({"agents": {"a": {"trainable": False}}}, "no agent trains"),
         ({"agents": {"a": {}}, "params": {"x": 1}}, "params needs path"),
         (
             {"agents": {"a": {"tools": ["python"], "player": {
@@ -199,6 +245,27 @@ def test_rewards_and_evaluations_name_agents_that_there_are(tmp_path: Path) -> N
         load_config(rl_config(tmp_path, environment=TWO, reward_setup=reward))
     with pytest.raises(UserError, match="one agent only"):
         load_config(rl_config(tmp_path, reward_setup=reward))
+
+
+def test_check_finds_tools_and_classes_that_there_are_not(tmp_path: Path) -> None:
+    for environment, message in (
+        ({"agents": {"a": {"tools": ["nonexistent"]}}}, "no built-in tool 'nonexistent'"),
+        ({"agents": {"a": {}}, "path": "test_agents_run:one"}, "not a subclass of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check(load_config(rl_config(tmp_path, environment={"type": "agents", **environment})))
+
+
+def test_tools_of_agents_can_be_switched_off_in_an_evaluation(tmp_path: Path) -> None:
+    evaluation = {
+        "prompt_source": {"type": "python", "function": "runs:questions", "limit": 1},
+        "modes": [{"name": "off", "tools": False}],
+    }
+    environment = {"type": "agents", "agents": {"a": {"tools": ["python"]}}}
+    config = rl_config(tmp_path, environment=environment, evaluation=evaluation)
+    assert retrain.run_sync(config, only="eval").evaluations[0].n == 1
+    with pytest.raises(UserError, match="no tools to switch off"):
+        retrain.run_sync(config | {"environment": TWO}, only="eval")
 
 
 def test_check_says_who_takes_part(tmp_path: Path) -> None:
@@ -281,7 +348,7 @@ def test_an_endpoint_plays_an_agent(tmp_path: Path) -> None:
     assert ours.messages[-1].content == theirs.messages[-1].content != ""
     (asked,) = server.bodies
     assert asked["max_tokens"] == 7
-    assert [m["content"] for m in asked["messages"]] == ["Sum 2 and 3.", "hello"]
+    assert [m["content"] for m in asked["messages"]] == ["Sum 2 and 3.\n\nhello"]
 
 
 def test_an_own_class_gets_its_params(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -20,10 +21,11 @@ from retrain.config import load_config
 from retrain.config.data import PromptSourceConfig
 from retrain.config.stages import EvaluationConfig
 from retrain.data import TaskCursor, TaskSource, load_tasks
-from retrain.data.curriculum import CurriculumCursor, weight
+from retrain.data.curriculum import CurriculumCursor, Draw, Window, weight
+from retrain.data.cursor import Cursor
 from retrain.loops.check import check
 from retrain.loops.pipeline import Pipeline
-from retrain.loops.success import success_of
+from retrain.loops.success import check_curricula, success_of
 from retrain.types import RewardPart, Rollout, Task, UserError
 from runs import digits, hyperparameters, metrics_of, rl_config
 from test_data_mixture import assert_resumed_the_same
@@ -217,6 +219,55 @@ def test_what_was_drawn_ahead_is_drawn_again(staleness: int, stop: int, won: lis
     asyncio.run(compared())
 
 
+def test_of_draws_only_those_since_the_oldest_mark_are_kept() -> None:
+    def kept() -> int:
+        gc.collect()
+        return sum(type(found) is Draw for found in gc.get_objects())
+
+    before = kept()
+    data = cursor()
+    texts(data, 50)
+    assert kept() - before == 1
+    mark = data.mark()
+    expected = texts(data, 7)
+    assert kept() - before == 8
+    again = cursor()
+    again.restore(json.loads(json.dumps(data.rewound(mark))))
+    assert texts(again, 7) == expected
+
+
+def test_a_draw_costs_no_position_of_all_levels(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = 0
+    position = Cursor.position
+
+    def counted(self: Cursor[Task]) -> dict[str, Any]:
+        nonlocal asked
+        asked += 1
+        return position(self)
+
+    async def sample(epoch: int, task: Task) -> list[Rollout]:
+        return [Rollout(task=task)]
+
+    async def draw(data: TaskCursor) -> None:
+        pipeline = Pipeline(data, sample)
+        await pipeline.take(100)
+        monkeypatch.setattr(Cursor, "position", counted)
+        await pipeline.take(100)
+
+    asyncio.run(draw(cursor(levelled({f"level{i}": 3 for i in range(100)}))))
+    assert asked == 100
+
+
+@few
+@given(st.lists(st.booleans(), max_size=20), st.integers(1, 5))
+def test_a_window_counts_the_latest(outcomes: list[bool], size: int) -> None:
+    window = Window(size)
+    for won in outcomes:
+        window.add(won)
+    assert list(window) == outcomes[-size:]
+    assert (len(window), window.successes) == (len(list(window)), sum(window))
+
+
 def test_other_levels_are_other_data() -> None:
     data = cursor(levelled({"a": 2, "b": 2}))
     with pytest.raises(UserError, match="levels were a, b and are a, c now"):
@@ -275,6 +326,30 @@ def test_the_reward_that_decides_has_to_be_there(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"success_reward: there is no reward 'digit'") as told:
             act()
         assert digits.__name__ in told.value.next_step
+
+
+def test_so_has_the_one_that_it_takes_from_the_evaluation(tmp_path: Path) -> None:
+    config = run_config(tmp_path, success_threshold=None)
+    config["evaluation"] = {
+        "prompt_source": {"type": "python", "function": "runs:questions"},
+        "success_reward": "digit",
+    }
+    config["stages"] = [{"kind": "rl"}]  # none evaluates, which would look at it too
+    fault = r"evaluation\.success_reward, which prompt_source\.curriculum goes by: there is no rew"
+    for act in (lambda: check(load_config(config)), lambda: retrain.run_sync(config)):
+        with pytest.raises(UserError, match=fault):
+            act()
+
+
+@pytest.mark.parametrize("own", [{"success_threshold": 0.5}, {"success_reward": "digits"}])
+def test_an_evaluation_does_not_matter_to_a_curriculum_with_a_key_of_its_own(own: Any) -> None:
+    source = ADAPTER.validate_python(levelled(**own))
+    evaluation = EvaluationConfig.model_validate(
+        {"prompt_source": {"type": "list", "prompts": ["a"]}, "success_reward": "digit"}
+    )
+    check_curricula(source, evaluation, ["digits"])
+    with pytest.raises(UserError, match="there is no reward 'digit'"):
+        check_curricula(ADAPTER.validate_python(levelled()), evaluation, ["digits"])
 
 
 # --- what cannot be ---

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,8 @@ from pydantic import TypeAdapter, ValidationError
 from retrain.config import load_config
 from retrain.config.data import PromptSourceConfig
 from retrain.data import TaskSource, load_tasks, selection
+from retrain.data.files import Row
+from retrain.data.filters import column_filter
 from retrain.types import Message, MessageType, Task, UserError
 
 ADAPTER: TypeAdapter[Any] = TypeAdapter(PromptSourceConfig)
@@ -98,6 +101,24 @@ def test_text_and_numbers_are_one_value_where_they_read_alike(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
+    ("value", "option", "same"),
+    [
+        ("True", True, True), ("false", False, True), (True, "true", True), ("1", True, False),
+        ("1.0", 1, True), ("0.50", 0.5, True), (1, "1.0", True), ("1", 1.0, True),
+        ("1e3", 1000, True), (2.5, "2.50", True), ("2", 1, False), ("one", 1, False),
+        ("9007199254740993", 9007199254740992, False), ("nan", 1.0, False), ("sNaN", 1, False),
+        ("1.0", "1", False), (True, 1, False), ("1", None, False),
+    ],
+)  # fmt: skip
+def test_text_is_the_number_or_truth_value_that_it_reads_as(
+    value: Any, option: Any, same: bool
+) -> None:
+    row = Row({"v": value}, "row 1")
+    assert column_filter("v", place="filters.0", one_of=[option])(row) is same
+    assert column_filter("v", place="filters.0", none_of=[option])(row) is not same
+
+
+@pytest.mark.parametrize(
     ("condition", "fault"),
     [
         ({"column": "leve", "one_of": [1]},
@@ -150,6 +171,24 @@ def test_a_function_decides(module: ModuleType) -> None:
         load({"function": "filter_functions:short", "params": {"limi": 8}})
     with pytest.raises(UserError, match=r"prompts\[0\]: filters.0: .* returned 'maybe', not"):
         load({"function": "filter_functions:unsure"})
+
+
+def test_what_a_function_raises_is_told_with_the_row(module: ModuleType) -> None:
+    def own(row: dict[str, Any]) -> bool:
+        raise UserError("mine", "do this")
+
+    module.__dict__.update(high=lambda row: row["score"] > 0.1, own=own)
+    fault = r"prompts\[3\]: filters\.0: filter_functions:high raised TypeError: '>' not"
+    with pytest.raises(UserError, match=fault) as caught:
+        load({"function": "filter_functions:high"})
+    assert isinstance(caught.value.__cause__, TypeError)
+    with pytest.raises(UserError, match=r"^mine"):
+        load({"function": "filter_functions:own"})
+
+
+def test_a_function_may_return_the_truth_value_of_an_array(module: ModuleType) -> None:
+    module.__dict__["first"] = lambda row: np.array([7])[0] == row["n"]["deep"][0]
+    assert kept({"function": "filter_functions:first"}) == [0, 1]
 
 
 def test_tasks_of_a_function_are_filtered_by_what_they_hold(module: ModuleType) -> None:

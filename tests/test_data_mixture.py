@@ -217,6 +217,21 @@ def test_metrics_are_shares_and_rewards_of_the_last_step() -> None:
     }  # fmt: skip
 
 
+def test_a_source_that_was_not_scored_has_a_share_of_zero() -> None:
+    """Otherwise the mean of what is logged is not the share of the rollouts."""
+    data = cursor(mixture(a=(9, listed("a")), b=(1, listed("b"))))
+    logged = []
+    for _ in range(10):
+        data.observe([Rollout(task=next(data)[1], reward=1.0)], lambda *_: True)
+        logged.append(data.metrics())
+    for name, expected in (("a", 0.9), ("b", 0.1)):
+        shares = [metrics[f"mixture/{name}/share"] for metrics in logged]
+        assert sum(shares) / len(shares) == pytest.approx(expected)
+    assert sum("mixture/b/reward" in metrics for metrics in logged) == 1
+    data.observe([], lambda *_: True)
+    assert data.metrics() == {}, "there are no shares of nothing"
+
+
 QUESTIONS = {"type": "python", "function": "runs:questions"}
 
 

@@ -15,7 +15,13 @@ import pytest
 from engine_servers.chat import ChatServer
 from engine_servers.server import EngineServer
 from engine_servers.wire import Answer
-from retrain.engines.openai import ChatEndpoint, ChatReply, endpoint_of, read_key
+from retrain.engines.openai import (
+    ChatEndpoint,
+    ChatReply,
+    MessagesRefused,
+    endpoint_of,
+    read_key,
+)
 from retrain.engines.openai.transport import retry_after_s, wait_s
 from retrain.types import InfrastructureError, UserError
 from tiny import byte_tokenizer, tiny_qwen3
@@ -134,38 +140,65 @@ def test_waits_double_up_to_a_minute() -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "said", "step"),
+    ("status", "said", "step", "asked"),
     [
-        (400, "context too long", "check the model and its limits"),
-        (401, f"Incorrect API key provided: {KEY}.", "Check the key in the variable"),
-        (403, "not yours", "Check the key in the variable"),
-        (404, "no such model", "Check the model's name, 'small'"),
-        (422, "bad field", "The server does not take this request"),
+        (400, "temperature is not supported", "check the model and its limits", 2),
+        (401, f"Incorrect API key provided: {KEY}.", "Check the key in the variable", 1),
+        (403, "not yours", "Check the key in the variable", 1),
+        (404, "no such model", "Check the model's name, 'small'", 1),
+        (422, "bad field", "The server does not take this request", 2),
     ],
 )
-async def test_refusals_are_the_users_and_show_no_key(status: int, said: str, step: str) -> None:
+async def test_refusals_are_the_users_and_show_no_key(
+    status: int, said: str, step: str, asked: int
+) -> None:
     with ChatServer() as server:
-        server.answers = [Answer(status, {"error": {"message": said}})]
+        server.answers = [Answer(status, {"error": {"message": said}})] * asked
         with pytest.raises(UserError) as failure:
             await ask(server.url, api_key=KEY)
-        assert len(server.bodies) == 1
+        assert len(server.bodies) == asked
     assert f"answered {status}: {said.replace(KEY, '***')}" in failure.value.cause
     assert step in failure.value.next_step
     assert KEY not in str(failure.value)
 
 
 @pytest.mark.parametrize("status", [400, 413, 422])
-async def test_what_an_endpoint_that_answered_does_not_take_is_no_mistake_of_the_users(
-    status: int,
+@pytest.mark.parametrize("first", [True, False])
+async def test_messages_that_are_refused_are_no_mistake_of_the_users(
+    status: int, first: bool
 ) -> None:
-    """The policy said it: too much, or what a filter holds back."""
+    """The policy said it: too much, or what a filter holds back. The first one to be refused has
+    the endpoint asked something else, in the same form."""
     with ChatServer() as server:
-        async with endpoint(server.url) as made:
-            await made.chat(HELLO)
-            server.answers = [Answer(status, {"error": {"message": "content_filter"}})]
-            with pytest.raises(InfrastructureError, match="content_filter"):
+        async with endpoint(server.url, retries=3) as made:
+            if not first:
                 await made.chat(HELLO)
+            server.answers = [Answer(status, {"error": {"message": "content_filter"}})]
+            evil = [{"role": "system", "content": "Be."}, {"role": "user", "content": "evil"}]
+            with pytest.raises(MessagesRefused, match="content_filter") as refused:
+                await made.chat(evil, seed=3)
+            assert isinstance(refused.value, InfrastructureError)
+            assert refused.value.said == "content_filter"
             await made.chat(HELLO)
+        asked = [body["messages"][-1]["content"] for body in server.bodies]
+        assert asked.count("evil") == 1
+        assert len(asked) == 3
+        if first:
+            one, probe, _ = server.bodies
+            harmless = [m | {"content": "Answer with one word."} for m in evil]
+            assert probe == one | {"messages": harmless}
+
+
+async def test_many_first_messages_that_are_refused_ask_one_thing_more() -> None:
+    with ChatServer() as server:
+        server.knobs.delay_s = 0.1
+        server.answers = [Answer(400, {"error": {"message": "no"}})] * 5
+        async with endpoint(server.url) as made:
+            results = await asyncio.gather(
+                *(made.chat(HELLO) for _ in range(5)), return_exceptions=True
+            )
+        assert [type(result) for result in results] == [MessagesRefused] * 5
+        assert len(server.bodies) == 6
 
 
 async def test_what_stands_behind_the_address_is_not_shown() -> None:

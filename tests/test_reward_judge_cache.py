@@ -24,6 +24,10 @@ async def test_a_file_keeps_answers_for_other_runs(tmp_path: Path) -> None:
             await score("llm_judge", server, rollout, criteria="c", **params)
             assert rollout.reward == 1.0
         assert len(server.bodies) == 2
+        rollout = told("4")
+        with ChatServer(scoring(0)) as other:  # the same model's name, somewhere else
+            await score("llm_judge", other, rollout, criteria="c", cache=path)
+            assert (rollout.reward, len(other.bodies)) == (0.0, 1)
     broken = tmp_path / "broken"
     broken.write_text("no database at all, but a text of some length " * 20)
     with ChatServer(scoring(5)) as server, pytest.raises(UserError, match="cannot be used"):

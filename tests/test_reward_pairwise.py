@@ -75,6 +75,6 @@ async def test_fewer_pairs_are_chosen_by_the_groups_id() -> None:
 
 async def test_a_judge_that_fails_masks_the_group() -> None:
     rollouts = [told(text, id=text) for text in ("a", "bb")]
-    with ChatServer(lambda _: '{"winner": "C"}') as server:
+    with ChatServer(lambda _: '{"reasoning": "", "winner": "C"}') as server:
         await score("pairwise_judge", server, *rollouts, criteria="c", attempts=1)
     assert all("winner is C, expected A, B or tie" in str(r.error) for r in rollouts)

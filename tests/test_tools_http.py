@@ -20,7 +20,8 @@ from ruamel.yaml import YAML
 
 from retrain.config import load_config
 from retrain.tools import ToolResult, ToolRunner, resolve_tools
-from retrain.tools.http import HttpTool
+from retrain.tools.base import ToolError
+from retrain.tools.http import HttpTool, _Request
 from retrain.tools.path import find
 from retrain.types import InfrastructureError, ToolCall, UserError
 from runs import rl_config
@@ -238,8 +239,38 @@ async def test_redirects_stay_on_the_host() -> None:
         server.answer = lambda path: (302, "", {"Location": "/again"})
         [endless] = await call(build(server), {"query": "q"})
     assert (refused.status, endless.status) == ("tool_error", "tool_error")
-    assert "redirects to another host" in refused.text
+    assert "redirects to another host or port" in refused.text
     assert "without end" in endless.text
+
+
+@pytest.mark.parametrize(
+    ("address", "target", "followed"),
+    [
+        ("http://h/a", "https://h/a", True),
+        ("http://h:80/a", "https://h:443/b", True),
+        ("https://h/a", "//H/b", True),
+        ("http://h:8080/a", "http://h:8080/b", True),
+        ("http://h:8080/a", "https://h/a", False),
+        ("http://h/a", "https://h:8443/a", False),
+        ("https://h:8443/a", "https://h/a", False),
+        ("https://h/a", "http://h/a", False),
+        ("https://h/a", "//other/a", False),
+        ("https://h/a", "https://user:pw@h/a", False),
+        ("https://h/a", "https://h\\@other/a", False),
+        ("https://h/a", "file:///etc/passwd", False),
+    ],
+)
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_where_redirects_may_lead(address: str, target: str, followed: bool, status: int) -> None:
+    """With them go the headers and, of 307 and 308, the body."""
+    request = _Request("POST", address, {"secret": 1})
+    if not followed:
+        with pytest.raises(ToolError, match="another host or port"):
+            request.redirected(status, target, "search")
+        return
+    led = request.redirected(status, target, "search")
+    kept = status in (307, 308)
+    assert (led.method, led.body) == (("POST", {"secret": 1}) if kept else ("GET", None))
 
 
 async def test_refusals_are_shown_without_keys(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +360,18 @@ async def test_no_more_requests_at_once_than_allowed() -> None:
         ({"result": "a..b"}, r"cannot be read from '\.\.b' on"),
         ({"result": "a[].{b}.c"}, "cannot be read"),
         ({"max_results": 0}, "max_results is 0"),
+        ({"max_results": 2.5}, "max_results is 2.5"),
+        ({"max_bytes": 1e6}, "max_bytes is 1000000.0"),
+        ({"max_concurrency": 1.5}, "max_concurrency is 1.5"),
+        ({"retries": 1.5}, "retries is 1.5"),
+        ({"headers": {"X": 1}}, r"headers\.X: its value"),
+        ({"headers": {"X": "caf\u00e9"}}, r"headers\.X: its value"),
+        ({"headers": {"X": "a\nb"}}, r"headers\.X: its value"),
+        ({"headers": {"X": "a "}}, r"headers\.X: its value"),
+        ({"headers": {"X Y": "a"}}, "'X Y' cannot be a header's name"),
+        ({"headers": {"caf\u00e9": "a"}}, "cannot be a header's name"),
+        ({"headers": ["X"]}, "headers is"),
+        ({"headers_env": {"X": "LINES_4711"}}, r"headers_env\.X: its value"),
         ({"retries": -1}, "retries is -1"),
         ({"timeout_s": "long"}, "timeout_s is 'long'"),
         ({"headers_env": {"A": "NOT_SET_4711"}}, "NOT_SET_4711 is not set"),
@@ -338,7 +381,10 @@ async def test_no_more_requests_at_once_than_allowed() -> None:
         ({"verb": "GET"}, "has no parameter 'verb'"),
     ],
 )
-def test_what_cannot_be_is_refused(params: dict[str, Any], cause: str) -> None:
+def test_what_cannot_be_is_refused(
+    params: dict[str, Any], cause: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LINES_4711", f"{KEY}\nX: y")
     server = Server()
     server.url = "http://127.0.0.1:1"
     with pytest.raises(UserError, match=cause) as refused:

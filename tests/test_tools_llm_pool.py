@@ -165,6 +165,29 @@ async def test_no_more_are_asked_at_once_than_allowed_and_waiting_is_no_time_out
     assert [result.status for result in results] == ["ok"] * 6
 
 
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("on_failure", ["mask", "tell"])
+async def test_a_query_that_is_refused_is_the_policys_fault(first: bool, on_failure: str) -> None:
+    """Whether it is the first one of all, or not; it is not sent again."""
+    with ChatServer() as server:
+        tool = pool_tool([member(server)], on_failure=on_failure)
+        if not first:
+            await tool.ask({"model": "small", "query": "fine"})
+        server.answers = [Answer(400, {"error": {"message": "maximum context length is 8"}})]
+        [result] = await call(tool, {"model": "small", "query": "too much"}, retries=2)
+        asked = [body["messages"][0]["content"] for body in server.bodies]
+    assert result.status == "model_error"
+    assert result.text == "small does not take this query: maximum context length is 8"
+    assert asked.count("too much") == 1
+
+
+async def test_a_request_that_is_never_taken_stops_the_run() -> None:
+    with ChatServer() as server:
+        server.answers = [Answer(400, {"error": {"message": "no temperature"}})] * 2
+        with pytest.raises(UserError, match="answered 400: no temperature"):
+            await call(pool_tool([member(server)]), {"model": "small", "query": "?"})
+
+
 async def test_a_refused_key_stops_the_run() -> None:
     with ChatServer(api_key=KEY) as server, pytest.raises(UserError, match="answered 401"):
         await call(pool_tool([member(server)]), {"model": "small", "query": "?"})

@@ -377,6 +377,14 @@ async def test_it_can_be_built_inside_an_event_loop() -> None:
         ({"command": "x", "restarts": -1}, "restarts -1"),
         ({"command": "x", "timeout": 3}, "no parameter 'timeout'\n  did you mean 'timeout_s'"),
         ({"url": "http://127.0.0.1:1/mcp", "headers_env": {"A": "NOT_SET_X"}}, "NOT_SET_X is not"),
+        ({"command": "x", "env_from": {"A": "NOT_SET_X"}}, r"env_from\.A: .* NOT_SET_X is not set"),
+        ({"command": "x", "env_from": ["A"]}, r"env_from is \['A'\]"),
+        ({"command": "x", "env_from": {"A": 3}}, r"env_from\.A is 3"),
+        (
+            {"command": "x", "env_from": {"A": "PATH"}, "env": {"A": 1}},
+            "env and env_from both set A",
+        ),
+        ({"url": "http://127.0.0.1:1/mcp", "env_from": {"A": "PATH"}}, "env_from does nothing"),
         ({"url": "http://u:pw@127.0.0.1:1/mcp"}, "mcp': http://127.0.0.1:1/mcp could not be conn"),
     ],
 )
@@ -396,6 +404,17 @@ def test_the_environment_of_a_server_is_a_minimal_one(monkeypatch: pytest.Monkey
         assert asyncio.run(said(tools, "variable", name="GIVEN")) == ("ok", "7")
         assert asyncio.run(said(tools, "variable", name="SECRET_OF_THE_RUN"))[1] == "(unset)"
         assert asyncio.run(said(tools, "variable", name="PATH"))[1] == os.environ["PATH"]
+
+
+def test_a_key_for_a_server_stands_in_no_config(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUR_KEY", "sk-very-secret-4711")
+    with closing(build(tools=["variable"], env_from={"ITS_KEY": "OUR_KEY"})) as tools:
+        assert asyncio.run(said(tools, "variable", name="ITS_KEY")) == ("ok", "sk-very-secret-4711")
+        assert asyncio.run(said(tools, "variable", name="OUR_KEY"))[1] == "(unset)"
+        assert "4711" not in repr(tools[0]._shared.link)
+    with pytest.raises(UserError, match="could not be started|ended|no answer") as failure:
+        resolve_tools("mcp", {"command": "no-such-server", "env_from": {"ITS_KEY": "OUR_KEY"}})
+    assert "4711" not in str(failure.value)
 
 
 def free_port() -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from engine_servers.chat import ChatServer
+from engine_servers.wire import Answer
 from retrain.tools import ToolOutput, ToolResult, ToolRunner, resolve_tools
 from retrain.types import InfrastructureError, ToolCall, UserError
 
@@ -72,6 +73,30 @@ async def test_rows_of_several_arguments_fill_in_defaults_and_compare_numbers() 
     )
     assert [r.text for r in results[:2]] == ["short", "long"]
     assert [r.status for r in results[2:]] == ["tool_error", "model_error", "model_error"]
+
+
+async def test_null_is_the_default_and_choices_may_be_written_as_text() -> None:
+    parameters = {
+        "page": {"type": "integer", "enum": [1, 2], "default": 1},
+        "all": {"type": "boolean", "enum": [False, True], "default": None},
+    }
+    rows = [
+        {"arguments": {}, "result": "first"},
+        {"arguments": {"page": 2}, "result": "second"},
+        {"arguments": {"page": 2, "all": True}, "result": "all"},
+    ]
+    tool = build(WEATHER, parameters=parameters, table=rows)
+    results = await call(
+        tool,
+        {"page": None, "all": None},
+        {"page": "2"},
+        {"page": " 2 ", "all": "true"},
+        {"page": 2.0},
+        {"page": "3"},
+        {"page": True},
+    )
+    assert [r.text for r in results[:4]] == ["first", "second", "all", "second"]
+    assert [r.status for r in results[4:]] == ["model_error"] * 2
 
 
 async def test_tables_in_files(tmp_path: Path) -> None:
@@ -145,6 +170,41 @@ async def test_a_model_that_is_down_masks_and_is_not_remembered() -> None:
         await tool.close()
 
 
+async def test_a_call_that_the_playing_model_refuses_is_the_policys_fault() -> None:
+    with ChatServer() as server:
+        server.answers = [Answer(413, {"error": {"message": "too long"}})]
+        tool = build(WEATHER, model={"url": server.url, "model": "small"})
+        [result] = await call(tool, {"city": "P" * 999})
+        asked = [body["messages"][-1]["content"] for body in server.bodies]
+    assert (result.status, result.text) == (
+        "model_error",
+        "weather does not take this call: too long",
+    )
+    assert sum("PPP" in text for text in asked) == 1
+
+
+async def test_numbers_match_exactly() -> None:
+    parameters = {"n": {"type": "integer"}, "x": {"type": "number", "default": None}}
+    rows = [
+        {"arguments": {"n": 2**53}, "result": "even"},
+        {"arguments": {"n": 10**400}, "result": "huge"},
+        {"arguments": {"n": 1, "x": 2**53}, "result": "number"},
+    ]
+    tool = build(WEATHER, parameters=parameters, table=rows, default="none")
+    results = await call(
+        tool,
+        {"n": 2**53 + 1},
+        {"n": float(2**53)},
+        {"n": 10**400},
+        {"n": 1, "x": 2**53 + 1},
+        {"n": 1, "x": "9007199254740992"},
+        {"n": 1, "x": 2.0**53},
+        {"n": 1, "x": 10**400},
+    )
+    said = ["none", "even", "huge", "none", "number", "number", "none"]
+    assert [(r.text, r.status) for r in results] == [(text, "ok") for text in said]
+
+
 @pytest.mark.parametrize(
     ("params", "cause"),
     [
@@ -165,6 +225,17 @@ async def test_a_model_that_is_down_masks_and_is_not_remembered() -> None:
         ({"table": {}, "parameters": {"a-b": {}}}, "cannot be a parameter's name"),
         ({"table": {}, "parameters": {"a": {"type": "text"}}}, "type is 'text'"),
         ({"table": {}, "parameters": {"a": {"enum": []}}}, r"enum is \[\]"),
+        ({"table": {}, "parameters": {"a": {"enum": [1]}}}, "enum has 1, which is no string"),
+        ({"table": {}, "parameters": {"a": {"type": "array", "enum": ["a"]}}}, "enum is"),
+        ({"table": {}, "parameters": {"a": {"default": 5}}}, "parameters.a.default is 5"),
+        (
+            {"table": {}, "parameters": {"a": {"type": "integer", "default": True}}},
+            "parameters.a.default is True",
+        ),
+        (
+            {"table": {}, "parameters": {"a": {"enum": ["a", "b"], "default": "c"}}},
+            "parameters.a.default is 'c'",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(params: dict[str, Any], cause: str) -> None:

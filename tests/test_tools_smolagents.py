@@ -12,7 +12,7 @@ import pytest
 
 from retrain.tools import ToolRunner, as_tool, resolve_tools
 from retrain.tools.smolagents import SmolagentsTool
-from retrain.types import ToolCall, UserError
+from retrain.types import InfrastructureError, ToolCall, UserError
 
 smolagents = pytest.importorskip("smolagents")
 
@@ -66,6 +66,18 @@ class Look(Tool):
         return "nice"
 
 
+class Down(Tool):
+    name = "down"
+    description = "Fails."
+    inputs = {"whose": {"type": "string", "description": "fault"}}
+    output_type = "string"
+
+    def forward(self, whose):
+        from retrain import types
+
+        raise getattr(types, whose)("down")
+
+
 class Broken(Tool):
     name = "broken"
     description = "Has an input that forward does not take."
@@ -117,6 +129,14 @@ async def test_a_decorated_function_by_its_import_path(module: str) -> None:
         "model_error",
         "unknown argument 'c' (arguments: a, b)",
     )
+
+
+@pytest.mark.parametrize("fault", [InfrastructureError, UserError])
+async def test_a_fault_that_a_tool_types_keeps_its_type(module: str, fault: type) -> None:
+    [down] = resolve_tools(f"{module}:Down")
+    with pytest.raises(fault, match="down"):
+        async with ToolRunner([down], retries=0) as runner:
+            await runner.run([ToolCall("down", {"whose": fault.__name__})])
 
 
 async def test_a_class_with_nullable_inputs_is_set_up_once(module: str) -> None:

@@ -11,7 +11,8 @@ import shutil
 import signal
 import sqlite3
 import struct
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,11 @@ import pytest
 import retrain
 from retrain.loops.interrupt import Interrupted
 from retrain.tracking.run_dir import read_metrics
+from retrain.tracking.trackers import RunInfo
+from retrain.tracking.trackers.base import Kept
+from retrain.tracking.trackers.guard import GuardedTracker
+from retrain.tracking.trackers.mlflow import MLflowTracker
+from retrain.tracking.trackers.wandb import WandbTracker
 from retrain.types import Rollout
 from runs import digits, hyperparameters, rl_config, rollouts_of, sft_section
 
@@ -202,6 +208,59 @@ def test_wandb_goes_on_with_one_run_over_its_own_axis(ran: Ran) -> None:
     assert codes == [255, 0]
 
 
+def test_wandb_writes_each_call_at_once_and_counts_it_before(tmp_path: Path) -> None:
+    """Killed, it has what it was given; a W&B step that may have been used is not used again."""
+    pytest.importorskip("wandb")
+    path = "retrain.tracking.trackers.wandb:WandbTracker"
+    params = {"project": "p", "mode": "offline"}
+    tracker = GuardedTracker("wandb", path, params, finish_timeout_s=20.0)
+    tracker.start(RunInfo("r", tmp_path, {}), lambda where: None)
+    for step in range(3):
+        tracker.call("log_metrics", step, {"a": step + 0.5})
+    deadline = time.monotonic() + 60.0
+    while Kept(tmp_path, "wandb").read().get("rows") != 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process = tracker._process
+    assert process is not None
+    process.kill()  # wandb-core ends by itself, and writes what it has
+    while len(found := [row for part in wandb_records(tmp_path) for row in history(part)]) < 3:
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    assert [(row["_step"], row["global_step"]) for row in found] == [(0, 0), (1, 1), (2, 2)]
+    tracker.end()
+
+
+def test_wandb_that_is_late_still_writes_what_it_was_given(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    params = {"project": "p", "mode": "offline"}
+    tracker = GuardedTracker("wandb", "test_trackers:Late", params, finish_timeout_s=20.0)
+    tracker.start(RunInfo("r", tmp_path, {}), lambda where: None)
+    for step in range(4):
+        tracker.call("log_metrics", step, {"a": step + 0.5})
+    deadline = time.monotonic() + 60.0
+    while not (tmp_path / "trackers" / "late").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    tracker.finish("failed")
+    tracker.join(0.0)
+    tracker.end(30.0)
+    (records,) = wandb_records(tmp_path)
+    assert [row["global_step"] for row in history(records)] == [0, 1]
+    assert [r.exit.exit_code for r in records if r.HasField("exit")] == [1]
+
+
+class Late(WandbTracker):
+    """Hangs at the third step."""
+
+    def log_metrics(self, step: int, metrics: Mapping[str, float]) -> None:
+        if step == 2:
+            (Path(self._run.dir).parents[2] / "trackers" / "late").touch()
+            time.sleep(3600)
+        super().log_metrics(step, metrics)
+
+
 def test_wandb_gets_tables_and_artifacts(ran: Ran) -> None:
     second = wandb_records(ran.tracked)[1]
     rows = history(second)
@@ -298,3 +357,37 @@ def test_mlflow_keeps_one_run(ran: Ran) -> None:
     assert {"results.md", "curves.png", "checkpoint/model.safetensors"} <= kept
     table = json.loads((below / "rollouts" / "rl-000004.json").read_text())
     assert len(table["data"]) == 3 and "advantage" in table["columns"]
+
+
+def test_mlflow_keeps_apart_names_that_differ_only_in_what_it_refuses(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    run = RunInfo("r", tmp_path / "r", {"a=b": 1, "a_b": 2})
+    given = {"t=x+y": 1.0, "t=x-y": 2.0, "t_x_y": 3.0, "g/a.b": 4.0, "g.a/b": 5.0, "t=/../x": 6.0}
+    given["n" * 300] = 7.0
+    tracker = mlflow_tracker(tmp_path)
+    tracker.start(run)
+    tracker.log_metrics(1, given)
+    again = mlflow_tracker(tmp_path)
+    again.start(run)
+    again.log_metrics(2, dict(reversed(given.items())))
+    found = again._client.get_run(again._run_id).data
+    assert sorted(found.metrics.values()) == sorted(given.values())
+    assert {"t_x_y", "t_x-y", "g.a.b"} <= set(found.metrics), "the first of each keeps its own"
+    assert found.metrics["t_x_y"] == 1.0 and found.metrics["g.a.b"] == 4.0, "resumed, too"
+    assert sorted(found.params.values()) == ["1", "2"]
+
+
+def test_a_parameter_that_mlflow_refuses_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    monkeypatch.setattr("retrain.tracking.trackers.mlflow._PARAM_CHARS", 7000)
+    tracker = mlflow_tracker(tmp_path)
+    tracker.start(RunInfo("r", tmp_path / "r", {"long": "x" * 6500, "seed": 3}))
+    assert tracker._client.get_run(tracker._run_id).data.params == {"seed": "3"}
+    assert "parameter long: " in capsys.readouterr().out
+
+
+def mlflow_tracker(place: Path) -> MLflowTracker:
+    return MLflowTracker(experiment="x", tracking_uri=(place / "ml").as_uri())

@@ -53,6 +53,8 @@ class AgentConfig(Section):
                 "tools and calls: an agent that an endpoint plays only answers; remove them, or "
                 "use player.type: policy or model"
             )
+        if len(set(self.calls)) < len(self.calls):
+            raise ValueError(f"calls: {self.calls} names an agent twice")
         if not self.acts and self.changed("max_steps"):
             raise ValueError(
                 f"max_steps {self.max_steps} does nothing for an agent without tools and calls: "
@@ -116,10 +118,16 @@ class AgentsConfig(Section):
     @model_validator(mode="after")
     def _every_key_acts(self) -> AgentsConfig:
         acting = any(agent.acts for agent in self.agents.values())
-        keys = ("tool_format", "tool_timeout_s", "tool_retries", "max_output_chars")
-        if not acting and (idle := self.changed(*keys, "describe_tools")):
+        keys = ("tool_format", "max_output_chars", "describe_tools")
+        if not acting and (idle := self.changed(*keys)):
             raise ValueError(
                 f"{' and '.join(idle)}: nothing to act on, since no agent has tools or calls"
+            )
+        tools = any(agent.tools for agent in self.agents.values())
+        if not tools and (idle := self.changed("tool_timeout_s", "tool_retries")):
+            raise ValueError(
+                f"{' and '.join(idle)}: nothing to act on, since no agent has tools; a call of "
+                "another agent is bounded by rollout.turn_timeout_s, and never made twice"
             )
         if self.describe_tools and self.tool_format.type == "native":
             raise ValueError(
@@ -136,8 +144,14 @@ class AgentsConfig(Section):
         if described and self.path is None:
             raise ValueError(f"agents.{described[0]}.description does nothing: no agent calls it")
         speakers = len(self.agents) - len(called)
-        if self.path is None and speakers == 1 and (idle := self.changed("max_turns")):
-            raise ValueError("max_turns does nothing: one agent takes turns, and answers once")
+        if (
+            self.path is None
+            and speakers == 1
+            and (idle := self.changed("max_turns", "stop_phrase"))
+        ):
+            raise ValueError(
+                f"{' and '.join(idle)} does nothing: one agent takes turns, and answers once"
+            )
         if self.path is None and self.params:
             raise ValueError("params needs path: they are arguments of a class of your own")
         return self

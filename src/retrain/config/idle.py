@@ -13,6 +13,7 @@ from retrain.config.environment import (
 )
 from retrain.config.monitors import MonitorsConfig
 from retrain.config.root import StageKind, TrainingConfig
+from retrain.config.tracking import TrackingConfig
 
 _OF_ROLLOUTS = ("rollouts_logged", "rollouts_logged_every")
 
@@ -40,11 +41,7 @@ def idle_keys(config: TrainingConfig, stages: Stages) -> Iterator[tuple[str, str
             "Remove it, or add section evaluation (and a stage of kind eval where stages are "
             "listed).",
         )
-    if kinds == {"sft"} and (idle := config.tracking.changed(*_OF_ROLLOUTS)):
-        yield (
-            f"tracking.{' and tracking.'.join(idle)}: no stage makes rollouts",
-            "Remove it, or add a stage of kind rl or eval.",
-        )
+    yield from _idle_tracking(config.tracking, kinds)
     yield from _unrated_checkpoints(stages)
     yield from _idle_monitors(stages)
     last_only = [
@@ -57,6 +54,26 @@ def idle_keys(config: TrainingConfig, stages: Stages) -> Iterator[tuple[str, str
             "algorithm.hyperparameters.train_turns: last does nothing: rollouts have one turn, "
             "which trains either way",
             "Remove it, or let rollouts have more (environment.tools and max_steps, or max_turns).",
+        )
+
+
+def _idle_tracking(section: TrackingConfig, kinds: set[StageKind]) -> Iterator[tuple[str, str]]:
+    """Of what trackers are sent."""
+    if kinds == {"sft"} and (idle := section.changed(*_OF_ROLLOUTS)):
+        yield (
+            f"tracking.{' and tracking.'.join(idle)}: no stage makes rollouts",
+            "Remove it, or add a stage of kind rl or eval.",
+        )
+    elif "rl" not in kinds and section.changed("rollouts_logged_every"):
+        yield (
+            "tracking.rollouts_logged_every does nothing: it counts steps of RL, and no stage is "
+            "of kind rl",
+            "Remove it, or add a stage of kind rl.",
+        )
+    if kinds == {"eval"} and section.artifacts:
+        yield (
+            "tracking.artifacts does nothing: no stage trains, so there is no checkpoint",
+            "Remove it, or add a stage of kind sft or rl.",
         )
 
 

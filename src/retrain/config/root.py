@@ -172,6 +172,19 @@ class TrainingConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _somebody_trains(self) -> TrainingConfig:
+        section = self.environment
+        if isinstance(section, AgentsConfig) and self.prompt_source is not None:
+            trains = [
+                a for a in section.agents.values() if a.trainable and a.player.type == "policy"
+            ]
+            if not trains:
+                raise ValueError(
+                    "environment.agents: no agent trains; leave one trainable that policy plays"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _agents_exist(self) -> TrainingConfig:
         named = dict(self._agents_named())
         if not named:

@@ -112,12 +112,23 @@ class TrackingConfig(Section):
     @model_validator(mode="after")
     def _trackers_fit(self) -> TrackingConfig:
         types = [tracker.type for tracker in self.trackers]
+        active = {tracker.type for tracker in active_trackers(self)}
         if twice := sorted({name for name in types if types.count(name) > 1}):
             raise ValueError(f"trackers: {', '.join(twice)} is there twice; keep one of a type")
-        if not types and (idle := self.changed(*_OF_TRACKERS)):
-            raise ValueError(f"{' and '.join(idle)}: nothing of it acts without trackers")
+        off = ", and those that are listed are disabled" if types else ""
+        if not active and (idle := self.changed(*_OF_TRACKERS)):
+            raise ValueError(f"{' and '.join(idle)}: nothing of it acts without trackers{off}")
         if self.rollouts_logged == 0 and self.changed("rollouts_logged_every"):
             raise ValueError("rollouts_logged_every does nothing where rollouts_logged is 0")
-        if self.artifacts and set(types) == {"tensorboard"}:
+        if self.artifacts and active == {"tensorboard"}:
             raise ValueError("artifacts does nothing: tensorboard holds no checkpoints; remove it")
         return self
+
+
+def active_trackers(section: TrackingConfig) -> list[TrackerConfig]:
+    """Those that are not switched off."""
+    return [
+        config
+        for config in section.trackers
+        if not (isinstance(config, WandbConfig) and config.mode == "disabled")
+    ]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from retrain.data.cursor import Cursor, Position
@@ -107,6 +108,48 @@ def _by_level(tasks: Sequence[Task], column: str) -> dict[str, list[Task]]:
     return of
 
 
+class Window:
+    """The latest outcomes, at most `size`."""
+
+    def __init__(self, size: int) -> None:
+        self._outcomes: deque[bool] = deque()
+        self._size = size
+        self.successes = 0
+
+    def __len__(self) -> int:
+        return len(self._outcomes)
+
+    def __iter__(self) -> Iterator[bool]:
+        return iter(self._outcomes)
+
+    def add(self, won: bool) -> None:
+        if len(self._outcomes) == self._size:
+            self.successes -= self._outcomes.popleft()
+        self._outcomes.append(won)
+        self.successes += won
+
+    def replace(self, outcomes: Iterable[bool]) -> None:
+        self._outcomes.clear()
+        self.successes = 0
+        for won in outcomes:
+            self.add(won)
+
+
+@dataclass
+class Draw:
+    """One draw, and through `next` those after it. The last one is still to be made.
+
+    Nothing but marks refers to the draws before the last, so that what is kept of them reaches
+    back to the oldest mark that somebody holds.
+    """
+
+    number: int
+    level: str = ""
+    before: Position | None = None
+    """Where the level stood."""
+    next: Draw | None = None
+
+
 class CurriculumCursor:
     """Chooses a level, and takes the next of its tasks.
 
@@ -134,44 +177,59 @@ class CurriculumCursor:
         self._min_weight = min_weight
         self._success = (success_reward, success_threshold)
         self._turns = Turns(levels)
-        self._measured: dict[str, deque[bool]] = {n: deque(maxlen=window) for n in levels}
-        self._drawn = 0
-        self._chosen: list[str] = []
-        """Levels of the draws from number `_first` on; may be ahead of `_drawn`."""
-        self._first = 0
+        self._measured = {name: Window(window) for name in levels}
+        self._ahead: deque[str] = deque()
+        """Levels that were chosen for the next draws."""
+        self._draw = Draw(0)
 
     def __iter__(self) -> CurriculumCursor:
         return self
 
     def __next__(self) -> tuple[int, Task]:
-        if self._drawn == self._first + len(self._chosen):
+        if not self._ahead:
             shares = self.shares()
             level = self._turns.next(shares)
             self._turns.take(level, shares)
-            self._chosen.append(level)
-        drawn = next(self._cursors[self._chosen[self._drawn - self._first]])
-        self._drawn += 1
+            self._ahead.append(level)
+        level = self._ahead[0]
+        before = self._cursors[level].position()
+        drawn = next(self._cursors[level])
+        self._ahead.popleft()
+        made, self._draw = self._draw, Draw(self._draw.number + 1)
+        made.level, made.before, made.next = level, before, self._draw
         return drawn
 
     def shares(self) -> dict[str, float]:
         """Of the tasks that are drawn next, by level; they sum to 1."""
         weights = {
-            name: size
-            * weight(sum(self._measured[name]), len(self._measured[name]), least=self._min_weight)
-            for name, size in self._sizes.items()
+            name: size * weight(seen.successes, len(seen), least=self._min_weight)
+            for (name, size), seen in zip(self._sizes.items(), self._measured.values(), strict=True)
         }
         total = sum(weights.values())
         return {name: weight / total for name, weight in weights.items()}
 
     def position(self) -> dict[str, Any]:
-        levels = {name: cursor.position() for name, cursor in self._cursors.items()}
-        return self.rewound({"drawn": self._drawn, "levels": levels})
+        return self.rewound(self.mark())
 
-    def rewound(self, before: Position) -> dict[str, Any]:
+    def mark(self) -> Draw:
+        return self._draw
+
+    def rewound(self, mark: Draw) -> dict[str, Any]:
+        again: list[str] = []
+        earliest: dict[str, Position] = {}
+        draw = mark
+        while draw.next is not None:
+            assert draw.before is not None
+            again.append(draw.level)
+            earliest.setdefault(draw.level, draw.before)
+            draw = draw.next
         return {
-            "drawn": before["drawn"],
-            "levels": dict(before["levels"]),
-            "chosen": self._chosen[before["drawn"] - self._first :],
+            "drawn": mark.number,
+            "levels": {
+                name: earliest.get(name) or cursor.position()
+                for name, cursor in self._cursors.items()
+            },
+            "chosen": [*again, *self._ahead],
             "credit": dict(self._turns.credit),
             "measured": {
                 name: "".join("01"[won] for won in seen) for name, seen in self._measured.items()
@@ -188,12 +246,11 @@ class CurriculumCursor:
             )
         for name, cursor in self._cursors.items():
             cursor.restore(before[name])
-        self._drawn = self._first = position["drawn"]
-        self._chosen = list(position["chosen"])
+        self._draw = Draw(position["drawn"])
+        self._ahead = deque(position["chosen"])
         self._turns.credit = {name: position["credit"][name] for name in self._cursors}
         for name, seen in self._measured.items():
-            seen.clear()
-            seen.extend(won == "1" for won in position["measured"][name])
+            seen.replace(won == "1" for won in position["measured"][name])
 
     def observe(self, rollouts: Sequence[Rollout], succeeded: Succeeded) -> None:
         """Those that were masked, that do not train, or that an environment gave another task
@@ -202,7 +259,7 @@ class CurriculumCursor:
             if rollout.error is None and rollout.trainable and rollout.task is not None:
                 level = self._level_of.get(rollout.task.id)
                 if level is not None:
-                    self._measured[level].append(succeeded(rollout, *self._success))
+                    self._measured[level].add(succeeded(rollout, *self._success))
 
     def metrics(self, source: str = "") -> dict[str, float]:
         """Of each level its share of the tasks drawn next, and its measured success."""
@@ -212,5 +269,5 @@ class CurriculumCursor:
             label = f"curriculum/{inside}{self._column}={name}"
             metrics[f"{label}/share"] = share
             if seen := self._measured[name]:
-                metrics[f"{label}/success"] = sum(seen) / len(seen)
+                metrics[f"{label}/success"] = seen.successes / len(seen)
         return metrics

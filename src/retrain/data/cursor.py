@@ -92,9 +92,12 @@ class Cursor(Generic[T]):
         size = self._size()
         return position if size < 0 else {**position, "size": size}
 
-    def rewound(self, before: Position) -> dict[str, Any]:
-        """`before` itself: what comes next depends on nothing else."""
-        return dict(before)
+    def mark(self) -> dict[str, Any]:
+        return self.position()
+
+    def rewound(self, mark: Position) -> dict[str, Any]:
+        """`mark` itself: what comes next depends on nothing else."""
+        return dict(mark)
 
     def observe(self, rollouts: object, succeeded: object) -> None:
         """Nothing: the order does not depend on what becomes of the items."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from functools import partial
 from typing import Any
 
@@ -111,16 +112,26 @@ def function_filter(path: str, params: Mapping[str, Any], *, place: str) -> Filt
     Raises:
         UserError: it cannot be imported, or does not take a row and the parameters.
     """
+    import numpy as np
+
     function = import_callable(path, ({},), params, f"{place}.function")
 
     def stays(row: Row) -> bool:
-        answer = function(dict(row.columns), **params)
-        if not isinstance(answer, bool):
+        try:
+            answer = function(dict(row.columns), **params)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{row.place}: {place}: {path} raised {type(error).__name__}: {error}",
+                "Correct the function, or filter such rows out before it.",
+            ) from error
+        if not isinstance(answer, bool | np.bool_):
             raise UserError(
                 f"{row.place}: {place}: {path} returned {answer!r}, not whether the row stays",
                 "Return True or False.",
             )
-        return answer
+        return bool(answer)
 
     return Filter(f"{place} ({path})", stays, None)
 
@@ -145,14 +156,24 @@ def _among(value: Any, options: Sequence[Any]) -> bool:
 
 def _same(value: Any, option: Any) -> bool:
     """Equal, and neither of them a truth value where the other is a number. Text counts as the
-    number that it reads as: a CSV file has nothing but text."""
+    number or truth value that it reads as: a CSV file has nothing but text."""
+    if isinstance(value, str) != isinstance(option, str):
+        text, other = (value, option) if isinstance(value, str) else (option, value)
+        return _reads_as(text, other)
     if isinstance(value, bool) != isinstance(option, bool):
-        return isinstance(value, str) and value == str(option).lower()
-    if isinstance(value, str) and isinstance(option, int | float):
-        return value == str(option)
-    if isinstance(option, str) and isinstance(value, int | float):
-        return option == str(value)
+        return False
     return bool(value == option)
+
+
+def _reads_as(text: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return text.lower() == str(value).lower()
+    try:
+        if isinstance(value, float):
+            return float(text) == value
+        return isinstance(value, int) and Decimal(text) == value
+    except (ValueError, ArithmeticError):
+        return False
 
 
 def _number(value: Any) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -96,17 +96,16 @@ class MixtureCursor:
         return drawn
 
     def position(self) -> dict[str, Any]:
-        return self._position(self._turns.credit, lambda _, part: part.position())
+        return self.rewound(self.mark())
 
-    def rewound(self, before: Position) -> dict[str, Any]:
-        earlier = before["sources"]
-        return self._position(before["credit"], lambda name, part: part.rewound(earlier[name]))
+    def mark(self) -> dict[str, Any]:
+        sources = {name: part.mark() for name, part in self._parts.items()}
+        return {"credit": dict(self._turns.credit), "sources": sources}
 
-    def _position(
-        self, credit: Mapping[str, float], of: Callable[[str, TaskCursor], dict[str, Any]]
-    ) -> dict[str, Any]:
-        sources = {name: of(name, part) for name, part in self._parts.items()}
-        return {"credit": dict(credit), "sources": sources}
+    def rewound(self, mark: Mapping[str, Any]) -> dict[str, Any]:
+        earlier = mark["sources"]
+        sources = {name: part.rewound(earlier[name]) for name, part in self._parts.items()}
+        return {"credit": dict(mark["credit"]), "sources": sources}
 
     def restore(self, position: Position) -> None:
         for name, part in self._parts.items():
@@ -121,13 +120,15 @@ class MixtureCursor:
             self._rewards[name] = [r.reward for r in own if r.error is None and r.trainable]
 
     def metrics(self, source: str = "") -> dict[str, float]:
-        """Of each part its share of the last step's rollouts and their mean reward, and what its
-        own order depends on."""
+        """Of each part its share of the last step's rollouts that were scored, their mean reward
+        where it has any, and what its own order depends on."""
         metrics: dict[str, float] = {}
         total = sum(map(len, self._rewards.values()))
         for name, part in self._parts.items():
-            if rewards := self._rewards.get(name):
+            rewards = self._rewards.get(name, [])
+            if total:
                 metrics[f"mixture/{name}/share"] = len(rewards) / total
+            if rewards:
                 metrics[f"mixture/{name}/reward"] = sum(rewards) / len(rewards)
             metrics |= part.metrics(name)
         return metrics

@@ -28,9 +28,13 @@ class TaskCursor(Protocol):
         """JSON-able; that after the tasks handed out."""
         ...
 
-    def rewound(self, before: Position) -> dict[str, Any]:
-        """A position from which the tasks since `before`, an earlier one of this cursor, come
-        again, and then those that come now."""
+    def mark(self) -> Any:
+        """Where it is now, for `rewound`: for each task that is drawn there may be one."""
+        ...
+
+    def rewound(self, mark: Any) -> dict[str, Any]:
+        """A position from which the tasks since a mark of this cursor come again, and then those
+        that come now."""
         ...
 
     def restore(self, position: Position) -> None:

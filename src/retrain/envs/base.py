@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol, Self
@@ -54,6 +54,8 @@ class Environment:
 
     max_steps: int = 10
     """Most MODEL turns of a rollout."""
+    most_agents: int = 1
+    """Most agents that take part in one attempt at a task: the engine keeps room for so many."""
 
     def spawn(self) -> Self:
         """The copy that serves one rollout."""
@@ -104,8 +106,12 @@ class Environment:
             InfrastructureError: as they raised it.
         """
         rollout = agent.start(task)
+
+        def so_far() -> str:
+            return describe_rollout(rollout)
+
         try:
-            with self._blamed("reset", rollout):
+            with self._blamed("reset", so_far):
                 opening = await self.reset(task)
             rollout.add_messages(*opening)
             tools = self.tools_for(task)
@@ -115,7 +121,7 @@ class Environment:
                 if rollout.stop_reason is not None:
                     rollout.env_rewards.append(0.0)
                     break
-                with self._blamed("step", rollout):
+                with self._blamed("step", so_far):
                     step = await self.step(rollout, message)
                 rollout.add_messages(*step.messages)
                 rollout.env_rewards.append(step.reward)
@@ -123,7 +129,7 @@ class Environment:
                 if step.stop is None and len(rollout.env_rewards) >= self.max_steps:
                     rollout.stop_reason = "max_steps"
         finally:
-            with self._blamed("finish", rollout):
+            with self._blamed("finish", so_far):
                 await self._bounded(self.finish(rollout), rollout)
         return rollout
 
@@ -139,7 +145,7 @@ class Environment:
             logger.warning("%s.finish of rollout %s %s", type(self).__name__, rollout.id, failed)
 
     @contextmanager
-    def _blamed(self, method: str, rollout: Rollout) -> Iterator[None]:
+    def _blamed(self, method: str, so_far: Callable[[], str]) -> Iterator[None]:
         """Say which environment failed, and on what."""
         try:
             yield
@@ -151,7 +157,7 @@ class Environment:
         except Exception as error:
             raise UserError(
                 f"{type(self).__name__}.{method} failed: {describe_exception(error)}",
-                f"The rollout was:\n{describe_rollout(rollout)}",
+                f"The rollout was:\n{so_far()}",
             ) from error
 
 

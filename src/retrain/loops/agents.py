@@ -51,7 +51,7 @@ def build_agents(
     Raises:
         UserError: a tool, model or class that cannot be found or does not fit.
     """
-    kind = MultiAgentEnvironment if section.path is None else _imported(section.path)
+    kind = MultiAgentEnvironment if section.path is None else import_conduct(section.path)
     roles = []
     for name, agent in section.agents.items():
         tools, most = make_tools(agent.tool_list(), sandbox)
@@ -98,7 +98,11 @@ def _role(name: str, agent: AgentConfig, player: Player, world: ToolEnvironment)
     )
 
 
-def _imported(path: str) -> type[MultiAgentEnvironment]:
+def import_conduct(path: str) -> type[MultiAgentEnvironment]:
+    """
+    Raises:
+        UserError: there is no such class, or it is no environment of several agents.
+    """
     kind = import_object(path, "environment")
     if not (isinstance(kind, type) and issubclass(kind, MultiAgentEnvironment)):
         raise UserError(

@@ -43,10 +43,20 @@ def build_sampler(
 ) -> Sampler:
     """The sampler, with the deadlines and retries of the section `rollout`.
 
-    Where a rollout keeps its slot in the engine until it ends, no more of them are under way than
-    there are slots: further ones would only run out of time.
+    Where a rollout keeps its slot in the engine until it ends, no more attempts are under way than
+    there are slots for all of their agents: further ones would only run out of time.
+
+    Raises:
+        UserError: there are fewer slots than agents in one attempt.
     """
     section = config.rollout
+    slots, agents = engine.most_sessions, environment.most_agents
+    if slots is not None and slots < agents:
+        raise UserError(
+            f"{agents} agents take part in one attempt, and the engine has {slots} slots, which "
+            "each of them keeps until its end",
+            f"Set engine.max_slots: {agents} or more.",
+        )
     most = section.max_concurrency
     return Sampler(
         environment=environment,
@@ -58,7 +68,7 @@ def build_sampler(
         timeout_s=section.timeout_s,
         retries=section.retries,
         backoff_s=section.backoff_s,
-        max_concurrency=min(most, engine.most_sessions or most),
+        max_concurrency=most if slots is None else min(most, slots // agents),
     )
 
 

@@ -18,6 +18,7 @@ from retrain.config.root import READ_BY, StageKind, TrainingConfig
 from retrain.config.stages import SandboxConfig
 from retrain.data import load_tasks
 from retrain.loops.adapters import describe_adapter
+from retrain.loops.agents import import_conduct
 from retrain.loops.build import build_calculator
 from retrain.loops.engines import check_interpreter
 from retrain.loops.evaluate import held_out_tasks
@@ -160,7 +161,8 @@ def _sft(config: TrainingConfig) -> Iterator[str]:
 def _rl(config: TrainingConfig, calculator: RewardCalculator) -> Iterator[str]:
     settings = config.algorithm.hyperparameters
     assert config.prompt_source is not None
-    check_curricula(config.prompt_source, [spec.name for spec in calculator.specs])
+    rewards = [spec.name for spec in calculator.specs]
+    check_curricula(config.prompt_source, config.evaluation, rewards)
     yield from _block("prompts", load_tasks(config.prompt_source, seed=config.seed).summary())
     yield (
         f"{config.algorithm.name} on {config.algorithm.backend}: {settings.steps} steps of "
@@ -249,13 +251,13 @@ def _environment(config: TrainingConfig) -> Iterator[str]:
     section = config.environment
     yield f"environment: {section.type}"
     if isinstance(section, ToolEnvironmentConfig):
-        for schema in tool_schemas(config, build_sandbox(config)):
+        for schema in tool_schemas(section.tool_list(), build_sandbox(config)):
             tool = schema["function"]
             parameters = ", ".join(tool["parameters"].get("properties", {}))
             yield f"  tool {tool['name']}({parameters}): {_first_line(tool['description'])}"
         yield f"  calls: {section.tool_format.type}; at most {section.max_steps} turns"
     elif isinstance(section, AgentsConfig):
-        yield from _agents(section)
+        yield from _agents(section, config)
     elif isinstance(section, DialogueConfig):
         yield f"  user: {section.user.type}; at most {section.max_turns} turns"
     elif isinstance(section, GymnasiumConfig | OpenEnvConfig | VerifiersConfig):
@@ -265,8 +267,9 @@ def _environment(config: TrainingConfig) -> Iterator[str]:
         yield f"  {section.path}"
 
 
-def _agents(section: AgentsConfig) -> Iterator[str]:
+def _agents(section: AgentsConfig, config: TrainingConfig) -> Iterator[str]:
     for name, agent in section.agents.items():
+        tool_schemas(agent.tool_list(), build_sandbox(config))
         trains = agent.trainable and agent.player.type == "policy"
         may = [*(tool.name for tool in agent.tool_list()), *agent.calls]
         yield (
@@ -274,6 +277,7 @@ def _agents(section: AgentsConfig) -> Iterator[str]:
             + (f"; calls {', '.join(may)}" if may else "")
         )
     if section.path is not None:
+        import_conduct(section.path)
         yield f"  conducted by {section.path}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import length_hint
 
+from retrain.config.agents import AgentsConfig
 from retrain.config.environment import ToolEnvironmentConfig
 from retrain.config.root import TrainingConfig
 from retrain.config.stages import EvaluationConfig, EvaluationMode
@@ -15,7 +16,7 @@ from retrain.engines import SamplingParams
 from retrain.loops.build import build_calculator, build_sampler
 from retrain.loops.context import RunContext, check_prompts_fit
 from retrain.loops.metrics import means_by_name
-from retrain.loops.success import is_success
+from retrain.loops.success import counts, is_success
 from retrain.loops.survivors import write_failures
 from retrain.loops.world import build_environment, build_renderer
 from retrain.rewards import RewardCalculator
@@ -97,7 +98,7 @@ class EvalStage:
             result = self._result(stage, mode, rollouts)
             results.append(result)
             metrics |= _metrics(result, self.settings.group_by)
-            counted = [rollout for rollout in rollouts if self._counts(rollout)]
+            counted = [rollout for rollout in rollouts if counts(rollout, self.settings)]
             for name, mean in means_by_name(counted).items():
                 metrics[f"eval/{mode.name}/{name}"] = mean
             masked = sum(rollout.error is not None for rollout in rollouts)
@@ -126,7 +127,7 @@ class EvalStage:
         n = successes = 0
         total = 0.0
         for rollout in rollouts:
-            if not self._counts(rollout):
+            if not counts(rollout, settings):
                 continue
             won = is_success(rollout, settings.success_reward, settings.success_threshold)
             value = _group_value(rollout, settings.group_by)
@@ -146,13 +147,6 @@ class EvalStage:
             by_group=by_group,
             excluded=tuple(settings.exclude),
         )
-
-    def _counts(self, rollout: Rollout) -> bool:
-        """What is masked does not, nor what another agent did."""
-        if rollout.error is not None or rollout.episode is None:
-            return rollout.error is None
-        agents = self.settings.agents
-        return rollout.trainable if agents is None else rollout.agent in agents
 
     def _write_transcripts(
         self, context: RunContext, stage: str, mode: EvaluationMode, rollouts: Sequence[Rollout]
@@ -205,6 +199,8 @@ def check_groups(tasks: TaskSource, settings: EvaluationConfig) -> None:
 def check_modes(modes: Sequence[EvaluationMode], config: TrainingConfig) -> None:
     environment = config.environment
     has_tools = isinstance(environment, ToolEnvironmentConfig) and bool(environment.tools)
+    if isinstance(environment, AgentsConfig):
+        has_tools = any(agent.tools for agent in environment.agents.values())
     for mode in modes:
         if not mode.tools and not has_tools:
             raise UserError(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from retrain.config.stages import EvaluationConfig
 from retrain.loops.credit import has_variance, sampled_tokens, truncated
-from retrain.loops.success import is_success
+from retrain.loops.success import counts, is_success
 from retrain.loops.survivors import Freshness, large_enough
 from retrain.types import NO_VERSION, Rollout
 
@@ -45,6 +45,8 @@ def rollout_metrics(
         "forks": float(sum(rollout.num_forks for rollout in rollouts)),
     }
     metrics |= _by_agent(kept)
+    if evaluation is not None:
+        metrics |= _success(kept, evaluation)
     kept = [rollout for rollout in kept if rollout.trainable]
     if not kept:
         return metrics
@@ -52,10 +54,6 @@ def rollout_metrics(
     metrics["reward/mean"] = statistics.fmean(rewards)
     metrics["reward/std"] = statistics.pstdev(rewards)
     metrics["turns/mean"] = statistics.fmean(len(r.model_messages) for r in kept)
-    if evaluation is not None:
-        metrics["success"] = statistics.fmean(
-            is_success(r, evaluation.success_reward, evaluation.success_threshold) for r in kept
-        )
     lengths = [sampled_tokens(rollout) for rollout in kept]
     metrics["response_tokens/mean"] = statistics.fmean(lengths)
     metrics["response_tokens/max"] = float(max(lengths))
@@ -67,6 +65,12 @@ def rollout_metrics(
     return metrics
 
 
+def _success(kept: Sequence[Rollout], evaluation: EvaluationConfig) -> dict[str, float]:
+    wanted = evaluation.success_reward, evaluation.success_threshold
+    won = [is_success(rollout, *wanted) for rollout in kept if counts(rollout, evaluation)]
+    return {"success": statistics.fmean(won)} if won else {}
+
+
 def _by_agent(kept: Sequence[Rollout]) -> dict[str, float]:
     """Where several agents act: each one's reward, and the means of what its rollouts carry."""
     agents: dict[str, list[Rollout]] = {}
@@ -76,7 +80,7 @@ def _by_agent(kept: Sequence[Rollout]) -> dict[str, float]:
     metrics: dict[str, float] = {}
     for name, own in agents.items():
         metrics[f"agent/{name}/reward"] = statistics.fmean(rollout.reward for rollout in own)
-        for carried in {key for rollout in own for key in rollout.metrics}:
+        for carried in sorted({key for rollout in own for key in rollout.metrics}):
             values = [rollout.metrics.get(carried, 0.0) for rollout in own]
             metrics[f"agent/{name}/{carried}"] = statistics.fmean(values)
     return metrics
@@ -93,15 +97,22 @@ def failure_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
 
 
 def means_by_name(kept: Sequence[Rollout]) -> dict[str, float]:
-    """Mean value of each reward over rollouts, and mean of each metric that rollouts carry."""
+    """Mean value of each reward over the rollouts of the agents that get it, and mean of each
+    metric that rollouts carry."""
     rewards: dict[str, float] = {}
+    getting: dict[str, set[str]] = {}
     carried: dict[str, float] = {}
     for rollout in kept:
         for part in rollout.reward_parts:
             rewards[part.name] = rewards.get(part.name, 0.0) + part.value
+            getting.setdefault(part.name, set()).add(rollout.agent)
         for name, value in rollout.metrics.items():
             carried[name] = carried.get(name, 0.0) + value
-    means = {f"reward/{name}": total / len(kept) for name, total in rewards.items()}
+    sizes = Counter(rollout.agent for rollout in kept)
+    means = {
+        f"reward/{name}": total / sum(sizes[agent] for agent in getting[name])
+        for name, total in rewards.items()
+    }
     return means | {f"{name}/mean": total / len(kept) for name, total in carried.items()}
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from retrain.config.root import TrainingConfig
-from retrain.data import Position, TaskCursor
+from retrain.data import TaskCursor
 from retrain.types import Rollout, Task, UserError
 
 
@@ -26,8 +26,8 @@ class SampledGroup:
 @dataclass(frozen=True)
 class _Started:
     key: tuple[int, str]
-    before: Position
-    """Where the data stood before its task was drawn."""
+    mark: Any
+    """Of the data, before its task was drawn."""
     work: asyncio.Task[SampledGroup]
 
 
@@ -65,7 +65,7 @@ class Pipeline:
         """From which the tasks come again whose groups were not handed out."""
         if not self._queue:
             return self._tasks.position()
-        return self._tasks.rewound(self._queue[0].before)
+        return self._tasks.rewound(self._queue[0].mark)
 
     def begin_step(self) -> None:
         """What is taken from now on is another step's."""
@@ -102,11 +102,11 @@ class Pipeline:
         """All of them are drawn before the first starts: the engine then hears of them together."""
         drawn = []
         for _ in range(count):
-            before = self._tasks.position()
-            drawn += [(before, *found) for found in take_distinct(self._tasks, 1, self._seen)]
-        for before, epoch, task in drawn:
+            mark = self._tasks.mark()
+            drawn += [(mark, *found) for found in take_distinct(self._tasks, 1, self._seen)]
+        for mark, epoch, task in drawn:
             work = asyncio.create_task(self._group(epoch, task))
-            self._queue.append(_Started((epoch, task.id), before, work))
+            self._queue.append(_Started((epoch, task.id), mark, work))
 
     async def _group(self, epoch: int, task: Task) -> SampledGroup:
         began = time.perf_counter()

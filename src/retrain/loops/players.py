@@ -120,7 +120,8 @@ def build_player(
         own = model.renderer(tool_format)
         params = SamplingParams(player.max_new_tokens, player.temperature)
         return ModelPlayer(model.engine, own, params), own
-    return PolicyPlayer(), renderer
+    own = renderer if tool_format else Renderer(renderer.codec, renderer.template)
+    return PolicyPlayer(own), own
 
 
 def _endpoint(player: EndpointPlayerConfig, place: str) -> ChatEndpoint:

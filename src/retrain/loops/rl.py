@@ -26,7 +26,7 @@ from retrain.loops.evaluate import EvalStage
 from retrain.loops.metrics import rollout_metrics
 from retrain.loops.monitors import Monitors
 from retrain.loops.pipeline import Pipeline, SampledGroup, seconds_under_way
-from retrain.loops.success import check_curricula, success_of
+from retrain.loops.success import check_curricula, counts, success_of
 from retrain.loops.survivors import Freshness, Losses, large_enough, smallest_group
 from retrain.loops.update import PolicyUpdate, build_update, check_critic
 from retrain.loops.worker import Worker
@@ -67,7 +67,8 @@ class RLStage:
         check_prompts_fit(tasks, sampler, "prompt_source")
         check_critic(settings)
         calculator = build_calculator(config.reward_setup, context.sandbox)
-        check_curricula(config.prompt_source, [spec.name for spec in calculator.specs])
+        rewards = [spec.name for spec in calculator.specs]
+        check_curricula(config.prompt_source, config.evaluation, rewards)
         during = config.evaluation is not None and config.evaluation.every_steps is not None
         return cls(
             name=name,
@@ -102,7 +103,10 @@ class RLStage:
                 context.stop.check()
                 sampled = await context.stop.watch(self._sample(step, work, context))
                 self.calculator.end_step(sampled.rollouts)
-            work.tasks.observe(sampled.rollouts, success_of(self.config.evaluation))
+            work.tasks.observe(
+                [r for r in sampled.rollouts if counts(r, self.config.evaluation)],
+                success_of(self.config.evaluation),
+            )
             generated = time.perf_counter()
 
             learn = functools.partial(self._learn, step, sampled, state, work, context)
@@ -245,7 +249,7 @@ class RLStage:
             groups += await work.pipeline.take(missing, ahead=ahead)
             per_turn = settings.credit == "turn"
             fresh = work.freshness.of([group.rollouts for group in groups])
-            alive = [group for group in fresh if large_enough(group, least)]
+            alive = [own for group in fresh if (own := large_enough(group, least))]
             full = [group for group in alive if has_variance(group, per_turn=per_turn)]
             missing = settings.prompts_per_step - len(full)
             if missing == 0:

@@ -50,7 +50,9 @@ class SFTStage:
         settings = config.sft
         assert settings is not None
         renderer = build_renderer(config, context.policy)
-        tools = tool_schemas(config, context.sandbox)
+        environment = config.environment
+        listed = environment.tool_list() if isinstance(environment, ToolEnvironmentConfig) else []
+        tools = tool_schemas(listed, context.sandbox)
         traces, steps = traces_and_steps(config, settings)
         _check_fit(traces, renderer, tools, context.engine.context_limit)
         return cls(name, config, settings, traces, renderer, steps, tools)

@@ -18,6 +18,15 @@ def is_success(rollout: Rollout, reward: str | None, threshold: float) -> bool:
     return any(part.name == reward and part.raw >= threshold for part in rollout.reward_parts)
 
 
+def counts(rollout: Rollout, evaluation: EvaluationConfig | None) -> bool:
+    """Whether a rollout counts at all: not where it is masked, and of several agents only those
+    that the evaluation names, by default those that train."""
+    if rollout.error is not None or rollout.episode is None:
+        return rollout.error is None
+    agents = None if evaluation is None else evaluation.agents
+    return rollout.trainable if agents is None else rollout.agent in agents
+
+
 def success_of(evaluation: EvaluationConfig | None) -> Succeeded:
     """By a curriculum's own keys; where it has neither, as the evaluation has it, or else a total
     reward of at least 1."""
@@ -33,15 +42,22 @@ def success_of(evaluation: EvaluationConfig | None) -> Succeeded:
     return succeeded
 
 
-def check_curricula(source: PromptSourceConfig, rewards: Sequence[str]) -> None:
+def check_curricula(
+    source: PromptSourceConfig, evaluation: EvaluationConfig | None, rewards: Sequence[str]
+) -> None:
     """
     Raises:
-        UserError: a curriculum's `success_reward` is none of the rewards.
+        UserError: the reward that decides success in a curriculum is none of the rewards.
     """
     for place, single in single_sources(source):
-        wanted = None if single.curriculum is None else single.curriculum.success_reward
+        curriculum = single.curriculum
+        if curriculum is None:
+            continue
+        key, wanted = f"prompt_source.{place}curriculum.success_reward", curriculum.success_reward
+        if wanted is None and curriculum.success_threshold is None and evaluation is not None:
+            key = f"evaluation.success_reward, which prompt_source.{place}curriculum goes by"
+            wanted = evaluation.success_reward
         if wanted is not None and wanted not in rewards:
             raise UserError(
-                f"prompt_source.{place}curriculum.success_reward: there is no reward {wanted!r}",
-                suggest(wanted, rewards, "rewards"),
+                f"{key}: there is no reward {wanted!r}", suggest(wanted, rewards, "rewards")
             )

@@ -28,9 +28,11 @@ def smallest_group(config: TrainingConfig) -> int:
     return 1 if config.algorithm.hyperparameters.advantage in TOKEN_ADVANTAGES else 2
 
 
-def large_enough(group: Sequence[Rollout], least: int) -> bool:
-    """Whether as many rollouts of a group survived, of some agent that trains."""
-    return any(len(own) >= least for own in by_agent([group]) if own[0].trainable)
+def large_enough(group: Sequence[Rollout], least: int) -> list[Rollout]:
+    """Those survivors of a group that are compared with enough others, themselves counted, and
+    train."""
+    of_agents = (own for own in by_agent([group]) if own[0].trainable and len(own) >= least)
+    return [rollout for own in of_agents for rollout in own]
 
 
 class Freshness:

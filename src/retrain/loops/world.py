@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from retrain.config.adapters import GymnasiumConfig, OpenEnvConfig, VerifiersConfig
@@ -26,7 +27,7 @@ from retrain.models import Policy
 from retrain.rendering import Renderer, ToolSchema
 from retrain.rewards import RewardKind, resolve_reward, takes_sandbox
 from retrain.sandbox import Sandbox, make_sandbox
-from retrain.tools import Tool, tool_schema
+from retrain.tools import tool_schema
 from retrain.tools.base import close_tools
 from retrain.types import UserError
 
@@ -120,16 +121,9 @@ def endpoints_asked(config: TrainingConfig) -> list[str]:
     return found
 
 
-def build_tools(config: TrainingConfig, sandbox: Sandbox) -> list[Tool]:
-    environment = config.environment
-    if not isinstance(environment, ToolEnvironmentConfig):
-        return []
-    return make_tools(environment.tool_list(), sandbox)[0]
-
-
-def tool_schemas(config: TrainingConfig, sandbox: Sandbox) -> list[ToolSchema]:
-    """The tools as the policy is told of them; what they hold is released again."""
-    tools = build_tools(config, sandbox)
+def tool_schemas(sections: Sequence[ToolConfig], sandbox: Sandbox) -> list[ToolSchema]:
+    """Tools as the policy is told of them; what they hold is released again."""
+    tools = make_tools(sections, sandbox)[0]
     try:
         return [tool_schema(tool) for tool in tools]
     finally:

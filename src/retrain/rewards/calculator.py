@@ -143,7 +143,8 @@ class RewardCalculator:
         tasks and samples, whatever order it ended in."""
         for spec in self.specs:
             if isinstance(spec.function, Stateful):
-                spec.function.end_step([r for r in rollouts if r.error is None])
+                scored = [r for r in rollouts if r.error is None and spec.is_for(r.agent)]
+                spec.function.end_step(scored)
 
     async def close(self) -> None:
         """Close the rewards that hold something for the whole stage: those that have an
@@ -170,7 +171,9 @@ class RewardCalculator:
         await _in_order(self._score_alone(sheet) for sheet in sheets)
         for spec in self.specs:
             if spec.kind == "group":
-                await self._score_group(spec, sheets)
+                for own in _compared(sheets):
+                    if spec.is_for(own[0].rollout.agent):
+                        await self._score_group(spec, own)
         for sheet in sheets:
             sheet.close()
 
@@ -265,8 +268,7 @@ class RewardCalculator:
         members = []
         for sheet in sheets:
             try:
-                mine = spec.is_for(sheet.rollout.agent)
-                if mine and sheet.open and await self._passes(spec, sheet):
+                if sheet.open and await self._passes(spec, sheet):
                     members.append(sheet)
             except _Masked as reason:
                 sheet.mask(reason)
@@ -306,6 +308,14 @@ class RewardCalculator:
         if self.on_error == "mask":
             raise _Masked(f"{place} failed: {what}") from exception
         return RewardPart(name, kind, None, self.error_penalty, 1.0, self.error_penalty, error=what)
+
+
+def _compared(sheets: Sequence[_Sheet]) -> list[list[_Sheet]]:
+    """Those that are compared with each other: of one agent, and of one group of an episode's."""
+    groups: dict[tuple[str, str | None], list[_Sheet]] = {}
+    for sheet in sheets:
+        groups.setdefault((sheet.rollout.agent, sheet.rollout.group_id), []).append(sheet)
+    return list(groups.values())
 
 
 def _entry(spec: RewardSpec, returned: Any) -> RewardPart:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 from retrain.engines.openai import ChatReply, endpoint_of
@@ -20,6 +20,12 @@ the task, with what the tools and the others said."""
 
 REASONING = "reasoning"
 """What every judgement opens with."""
+
+_CUT = ("length", "max_tokens", "content_filter")
+"""Reasons to finish that leave an answer without its end."""
+
+_BROKEN_OBJECT = re.compile(r"""\{\s*["']""")
+_AFTER_IT = re.compile(r"\s*(?:```)?\s*")
 
 _SHOWN_CHARS = 200
 _NAME = re.compile(r"[\w-]{1,64}")
@@ -71,7 +77,7 @@ class Judge:
                 raise UserError(f"{self.where}: {key} is {value!r}", "docs/rewards.md has them.")
         self._endpoint = endpoint_of(given, self.where)
         self._cache = AnswerCache(cache)
-        sampled_by = {key: given[key] for key in ("model", "temperature", "max_tokens")}
+        sampled_by = {key: given[key] for key in ("url", "model", "temperature", "max_tokens")}
         self._identity = {**sampled_by, "seed": self._seed, "structured": self._structured}
 
     async def ask(
@@ -110,7 +116,8 @@ class Judge:
             tokens = (reply.prompt_tokens or 0) + (reply.completion_tokens or 0)
             self._account(rollouts, calls=1.0, tokens=float(tokens), cost=reply.cost or 0.0)
             try:
-                found, judgement = _read_last(reply.text, read)
+                found = judgement_in(reply.text, reply.finish_reason, schema["required"])
+                judgement = read(found)
             except ValueError as error:
                 wrong = _what_is_wrong(error, reply)
                 messages = [
@@ -179,38 +186,75 @@ def schema_of(properties: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _read_last(text: str, read: Callable[[Mapping[str, Any]], T]) -> tuple[Mapping[str, Any], T]:
-    """The last JSON object in a text that can be read, and what it says.
+def judgement_in(text: str, finish_reason: str, keys: Collection[str]) -> dict[str, Any]:
+    """The one JSON object of an answer, with these keys and no others.
+
+    What a judge quotes is no judgement: an answer that was cut has none, nor is one looked for
+    inside another object, behind one that is broken, or before words that follow it. A fence around
+    it, words before it and thinking up to `</think>` are let pass.
 
     Raises:
-        ValueError: there is none; of the last object, what is wrong with it.
+        ValueError: what is wrong with the answer.
     """
-    wrong = ValueError("there is no JSON object in it")
-    for found in reversed(list(_objects(text))):
-        try:
-            return found, read(found)
-        except ValueError as error:
-            wrong = error if str(wrong).startswith("there is no") else wrong
-    raise wrong
+    if finish_reason in _CUT:
+        raise ValueError(f"it was cut before its end ({finish_reason})")
+    try:
+        found = _only_object(text)
+    except ValueError:
+        _, mark, rest = text.rpartition("</think>")
+        if not mark:
+            raise
+        found = _only_object(rest)
+    if found.keys() != set(keys):
+        raise ValueError(f"its keys are {str(list(found))[:80]}, expected {', '.join(keys)}")
+    return found
 
 
-def _objects(text: str) -> Iterator[dict[str, Any]]:
-    """Those that a text holds, outermost first, in order."""
+def _only_object(text: str) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it holds none, or more than one, or ends with something else.
+    """
+    objects = list(_objects(text))
+    if not objects:
+        raise ValueError("there is no JSON object in it")
+    if len(objects) > 1:
+        raise ValueError("there is more than one JSON object in it")
+    found, end = objects[0]
+    if not _AFTER_IT.fullmatch(text, end):
+        raise ValueError("something follows its JSON object")
+    return found
+
+
+def _objects(text: str) -> Iterator[tuple[dict[str, Any], int]]:
+    """The outermost ones, each with where it ends, up to one that is broken. Braces that begin no
+    object, as in a formula, are skipped with all that they hold."""
     decoder, start = json.JSONDecoder(), text.find("{")
     while start >= 0:
         try:
-            found, start = decoder.raw_decode(text, start)
+            found, end = decoder.raw_decode(text, start)
         except (ValueError, RecursionError):
-            start += 1
+            end = -1 if _BROKEN_OBJECT.match(text, start) else _closed(text, start)
+            if end < 0:
+                return
         else:
-            yield found
-        start = text.find("{", start)
+            yield found, end
+        start = text.find("{", end)
+
+
+def _closed(text: str, start: int) -> int:
+    """Where the brace at `start` is closed, plus one; -1 where it is not."""
+    depth = 0
+    for at in range(start, len(text)):
+        depth += (text[at] == "{") - (text[at] == "}")
+        if depth == 0:
+            return at + 1
+    return -1
 
 
 def _what_is_wrong(error: ValueError, reply: ChatReply) -> str:
-    cut = " (it was cut at max_tokens)" if reply.finish_reason == "length" else ""
     said = " ".join(reply.text.split())[:_SHOWN_CHARS]
-    return f"{error}{cut}, in {said!r}"
+    return f"{error}, in {said!r}"
 
 
 def number(value: Any, name: str, low: float, high: float) -> float:

@@ -70,8 +70,9 @@ class EngineAgent:
         self,
         name: str,
         *,
+        place: str,
         trainable: bool = True,
-        attempt: int | None = None,
+        compared: str | None = None,
         engine: Engine | None = None,
         renderer: Renderer | None = None,
         params: SamplingParams | None = None,
@@ -79,22 +80,23 @@ class EngineAgent:
         """Another agent of the same attempt, with seeds of its own.
 
         Args:
-            attempt: its number among those of one name, which are compared with each other.
+            place: tells its rollout apart from the others of the attempt.
+            compared: names those of the attempt that it is compared with; None compares it with
+                those of other attempts at the task.
             engine, renderer, params: where it is not the policy that speaks for it.
         """
-        own_group = self.group_id if attempt is None else f"{self.rollout_id}/{name}"
-        number = "" if attempt is None else f"/{attempt}"
         made = replace(
             self,
             name=name,
             trainable=trainable,
-            rollout_id=f"{self.rollout_id}/{name}{number}",
-            group_id=own_group,
+            rollout_id=f"{self.rollout_id}/{place}",
+            group_id=self.group_id if compared is None else f"{self.rollout_id}/{compared}",
             episode=self.rollout_id,
             engine=engine or self.engine,
             renderer=renderer or self.renderer,
             params=params or self.params,
         )
+        made.over = self.over
         self.siblings.append(made)
         return made
 

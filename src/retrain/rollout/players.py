@@ -20,14 +20,20 @@ _ROLES = {
 }
 
 
+@dataclass(frozen=True)
 class PolicyPlayer:
     """The policy, with its weights of the moment."""
 
+    renderer: Renderer
     trains = True
 
-    def agent(self, policy: Agent, name: str, *, trainable: bool, attempt: int | None) -> Agent:
+    def agent(
+        self, policy: Agent, name: str, *, trainable: bool, place: str, compared: str | None
+    ) -> Agent:
         assert isinstance(policy, EngineAgent)
-        return policy.sibling(name, trainable=trainable, attempt=attempt)
+        return policy.sibling(
+            name, place=place, trainable=trainable, compared=compared, renderer=self.renderer
+        )
 
     async def close(self) -> None:
         return None
@@ -42,12 +48,15 @@ class ModelPlayer:
     params: SamplingParams
     trains = False
 
-    def agent(self, policy: Agent, name: str, *, trainable: bool, attempt: int | None) -> Agent:
+    def agent(
+        self, policy: Agent, name: str, *, trainable: bool, place: str, compared: str | None
+    ) -> Agent:
         assert isinstance(policy, EngineAgent)
         return policy.sibling(
             name,
+            place=place,
             trainable=False,
-            attempt=attempt,
+            compared=compared,
             engine=self.engine,
             renderer=self.renderer,
             params=self.params,
@@ -64,9 +73,12 @@ class EndpointPlayer:
     endpoint: ChatEndpoint
     trains = False
 
-    def agent(self, policy: Agent, name: str, *, trainable: bool, attempt: int | None) -> Agent:
+    def agent(
+        self, policy: Agent, name: str, *, trainable: bool, place: str, compared: str | None
+    ) -> Agent:
         assert isinstance(policy, EngineAgent)
-        return EndpointAgent(policy.sibling(name, trainable=False, attempt=attempt), self.endpoint)
+        about = policy.sibling(name, place=place, trainable=False, compared=compared)
+        return EndpointAgent(about, self.endpoint)
 
     async def close(self) -> None:
         await self.endpoint.close()
@@ -95,6 +107,11 @@ class EndpointAgent:
         turn = len(rollout.model_messages)
         seed = request_seed(self.about.run_seed, self.about.epoch, rollout.id, 0, turn)
         reply = await self.endpoint.chat(said, seed=seed >> 32)  # some take 31 bits
+        if not reply.text.strip() and reply.finish_reason == "length":
+            raise InfrastructureError(
+                f"the reply of {self.about.name} was cut before it said a word: raise "
+                "max_new_tokens of its player"
+            )
         message = Message(reply.text, MessageType.MODEL)
         rollout.add_messages(message)
         return message

@@ -36,6 +36,9 @@ MOST_REDIRECTS = 5
 _SHOWN_CHARS = 300
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _HIDDEN = "***"
+_WHOLE = ("max_bytes", "max_results", "max_concurrency", "retries")
+_HEADER_NAME = re.compile(r"[\w!#$%&'*+.^`|~-]+", re.ASCII)
+_HEADER_VALUE = re.compile(r"(?:[!-~](?:[ \t!-~]*[!-~])?)?")
 _ADDRESS = re.compile(r"https?://[\w.:\[\]-]+(?=[/?]|$)")
 
 
@@ -43,7 +46,7 @@ class HttpTool:
     """Calls one address of one host, with the arguments in its path, its query or its body.
 
     Arguments are URL-encoded, and none can lead to another host or up from its place in the path.
-    Redirects are followed within the host only. What comes back is the body, or with `result` the
+    Redirects are followed within the host and port only, or from http to https. What comes back is the body, or with `result` the
     part of its JSON that the path names.
 
     The model reads a refusal (4xx) as an error of the tool. Where the connection fails, the time
@@ -102,19 +105,19 @@ class HttpTool:
         self._declared = DeclaredParameters(parameters, where)
         self.parameters = self._declared.schema
         names = self._declared.names
-        _check_numbers(
-            where,
-            above={"timeout_s": timeout_s, "max_bytes": max_bytes, "max_results": max_results}
-            | {"max_concurrency": max_concurrency},
-            least={"retries": retries, "backoff_s": backoff_s},
-        )
+        positive = {"timeout_s": timeout_s, "max_bytes": max_bytes, "max_results": max_results}
+        positive["max_concurrency"] = max_concurrency
+        _check_numbers(where, positive, {"retries": retries, "backoff_s": backoff_s})
+        _check_headers(headers, f"{where}: headers")
         _check_method(where, method, json)
         self._url = _checked_url(url, names, where)
         check_template(query, names, f"{where}: query")
         check_template(json, names, f"{where}: json")
         self._method, self._query, self._json = method, dict(query or {}), json
         self._secrets: list[str] = []
-        self._headers = dict(headers or {}) | self._read(headers_env, f"{where}: headers_env")
+        secret = self._read(headers_env, f"{where}: headers_env")
+        _check_headers(secret, f"{where}: headers_env")
+        self._headers = dict(headers or {}) | secret
         self._result = _checked_path(result, where)
         self._max_results, self._max_bytes = max_results, max_bytes
         self._attempt_s, self._retries, self._backoff_s = timeout_s, retries, backoff_s
@@ -205,7 +208,9 @@ class HttpTool:
                     raise
                 raise Later(f"no answer within {self._attempt_s:g} s") from None
             except httpx2.InvalidURL as error:
-                raise ModelError(f"no address can hold these arguments: {error}") from None
+                raise ModelError(
+                    f"no address can hold these arguments: {self._shown(str(error))}"
+                ) from None
             except httpx2.HTTPError as error:
                 raise Later(self._shown(f"{type(error).__name__}: {error}")) from None
         whole = len(received) <= self._max_bytes
@@ -278,12 +283,14 @@ class _Request:
     def redirected(self, status: int, target: str, name: str) -> _Request:
         """
         Raises:
-            ToolError: to another host, port or scheme, but for https in place of http.
+            ToolError: to another host, port or scheme, but for https in place of http where both
+                ports are the usual ones.
         """
         url = urljoin(self.url, target)
         here, there = _origin(self.url), _origin(url)
-        if there not in (here, ("https", here[1], None)):
-            raise ToolError(f"{name} redirects to another host, which is not followed")
+        safer = here == ("http", here[1], None) and there == ("https", here[1], None)
+        if here != there and not safer:
+            raise ToolError(f"{name} redirects to another host or port, which is not followed")
         if status in (307, 308):
             return _Request(self.method, url, self.body)
         return _Request("GET", url, None)
@@ -303,9 +310,12 @@ class _Session:
 
 
 def _origin(url: str) -> tuple[str, str | None, int | None]:
-    """Scheme, host and port; a port is None where it is the scheme's own."""
+    """Scheme, host and port; a port is None where it is the scheme's own. All are empty of what is
+    no address, or has a user in it."""
     try:
         parts = urlsplit(url)
+        if "@" in parts.netloc or "\\" in parts.netloc:
+            return "", None, None
         usual = {"http": 80, "https": 443}.get(parts.scheme)
         return parts.scheme, parts.hostname, None if parts.port == usual else parts.port
     except ValueError:
@@ -347,14 +357,30 @@ def _check_method(where: str, method: Any, body: Any) -> None:
         raise UserError(f"{where}: json does nothing in a GET", "Set method: POST, or use query.")
 
 
-def _check_numbers(where: str, *, above: Mapping[str, Any], least: Mapping[str, Any]) -> None:
+def _check_numbers(where: str, above: Mapping[str, Any], least: Mapping[str, Any]) -> None:
     for key, value in {**above, **least}.items():
         if value is None and key == "max_results":
             continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
+        kind = int if key in _WHOLE else int | float
+        number = isinstance(value, kind) and not isinstance(value, bool)
         if not number or not 0 <= value < math.inf or (value == 0 and key in above):
+            named = "whole number" if key in _WHOLE else "number"
             bound = "above zero" if key in above else "of at least zero"
-            raise UserError(f"{where}: {key} is {value!r}", f"Give a number {bound}.")
+            raise UserError(f"{where}: {key} is {value!r}", f"Give a {named} {bound}.")
+
+
+def _check_headers(headers: Any, where: str) -> None:
+    """Their values are not shown: they may be secrets."""
+    if not isinstance(headers, Mapping | None):
+        raise UserError(f"{where} is {str(headers)[:80]!r}", "Write {Accept: application/json}.")
+    for name, value in (headers or {}).items():
+        if not isinstance(name, str) or not _HEADER_NAME.fullmatch(name):
+            raise UserError(f"{where}: {name!r} cannot be a header's name", "Use letters and -.")
+        if not isinstance(value, str) or not _HEADER_VALUE.fullmatch(value):
+            raise UserError(
+                f"{where}.{name}: its value cannot be a header's",
+                "Give a text (in quotes) of one line of ASCII, with no space at either end.",
+            )
 
 
 def _of_environment(text: Any, where: str, secrets: list[str]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from retrain.engines.openai import ChatEndpoint, ChatReply, endpoint_of
+from retrain.engines.openai import ChatEndpoint, ChatReply, MessagesRefused, endpoint_of
 from retrain.tools.base import ModelError, ToolError, ToolOutput
 from retrain.tools.declared import DeclaredParameters
 from retrain.tools.function import checked_name
@@ -82,6 +82,7 @@ class LLMPool:
 
         Raises:
             ModelError: no model has this name.
+            MessagesRefused: the model does not take this query: it is too long, or filtered.
             InfrastructureError: there is still no answer after the last retry.
             UserError: the endpoint refuses the request as such: its key, its model.
         """
@@ -178,11 +179,20 @@ class LLMPoolTool:
         return _Session(self)
 
     async def ask(self, arguments: Mapping[str, Any]) -> ToolOutput:
-        """One call of the tool."""
+        """One call of the tool.
+
+        Raises:
+            ModelError: the arguments do not fit, or the model does not take the query.
+            ToolError: there is still no answer after the last retry, with `on_failure: tell`.
+            InfrastructureError: there is none, with `mask`.
+            UserError: the endpoint refuses the request as such.
+        """
         asked = self._declared.bind(arguments)
         model = asked["model"]
         try:
             reply = await self.pool.ask(model, asked["query"])
+        except MessagesRefused as refused:
+            raise ModelError(f"{model} does not take this query: {refused.said}") from refused
         except InfrastructureError as error:
             if self._on_failure == "mask":
                 raise

@@ -1,8 +1,9 @@
 """Passages on disk and a BM25 index over them: built once, memory-mapped ever after.
 
 An index is a directory named by the hash of what it was made of, so a changed corpus, another
-setting or another version of the library has another index. It is written aside and renamed: what
-carries the name is whole, and of two processes that build it at once one finds the other's.
+setting or another version of the library has another index. It is written aside, checked and
+renamed: what carries the name is whole and of that content. Of processes that want to build one
+index the first does, and the others wait for it.
 """
 
 from __future__ import annotations
@@ -15,9 +16,8 @@ import logging
 import os
 import re
 import shutil
-import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from retrain.importing import import_object
+from retrain.tools.index_dir import alone, lock_of, sweep, writing
 from retrain.types import UserError
 
 FORMAT = 1
@@ -124,61 +124,6 @@ def highest(scores: npt.NDArray[np.float32], count: int) -> list[int]:
     return best
 
 
-def write_rows(function: str, params: Mapping[str, Any], directory: Path) -> Path:
-    """The rows that a function makes as a JSONL file in `directory`, named by their hash; it is
-    called once in a process.
-
-    Raises:
-        UserError: the function cannot be called so, or its rows are not JSON.
-    """
-    known = (function, repr(sorted(params.items())), directory.absolute())
-    with _lock:
-        if known not in _made or not _made[known].is_file():
-            _made[known] = _write_rows(function, params, directory)
-        return _made[known]
-
-
-def _write_rows(function: str, params: Mapping[str, Any], directory: Path) -> Path:
-    make = import_object(function, "corpus")
-    if not callable(make):
-        raise UserError(f"corpus '{function}' is not a function", "Name one that returns rows.")
-    aside = directory / f".{uuid.uuid4().hex}"
-    digest = hashlib.sha256()
-    try:
-        with _writing(directory):
-            directory.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as stream:
-                for row in make(**params):
-                    line = json.dumps(row).encode() + b"\n"
-                    digest.update(line)
-                    stream.write(line)
-            file = directory / f"{digest.hexdigest()[:32]}.jsonl"
-            aside.replace(file)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"corpus '{function}': {error}", "See corpus_params.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink()
-    return file
-
-
-@contextlib.contextmanager
-def _writing(directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"cannot write an index to {directory}: {error.strerror or error}",
-            "Set params.index_dir to a directory with room that can be written.",
-        ) from error
-
-
-def default_directory() -> Path:
-    """The user's cache, since a corpus may lie where nothing can be written."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "retrain" / "indexes"
-
-
 def open_index(
     files: Sequence[Path], columns: Columns, *, language: str | None, directory: Path
 ) -> PassageIndex:
@@ -188,14 +133,16 @@ def open_index(
         UserError: a file cannot be read, a line of it is no passage, or the index cannot be
             written.
     """
-    known = (tuple(map(_state, files)), columns, language, directory.absolute())
-    with _lock:
-        if known not in _opened:
-            _opened[known] = _open_or_build(files, columns, language, directory)
-        return _opened[known]
+    states = list(map(_state, files))
+    paths = tuple(path for path, _, _ in states)
+    known = (paths, columns, language, directory.absolute())
+    with lock_of(known):
+        if known not in _opened or _opened[known][0] != states:
+            _opened[known] = (states, _open_or_build(files, columns, language, directory))
+        return _opened[known][1]
 
 
-def _state(file: Path) -> tuple[Path, int, int]:
+def _state(file: Path) -> _State:
     """What tells whether a file may have changed since it was last looked at."""
     if not file.is_file():
         raise UserError(f"retrieval: no such file: {file}", f"Looked for {file.absolute()}.")
@@ -203,9 +150,9 @@ def _state(file: Path) -> tuple[Path, int, int]:
     return file.resolve(), state.st_size, state.st_mtime_ns
 
 
-_lock = threading.Lock()
-_made: dict[object, Path] = {}
-_opened: dict[object, PassageIndex] = {}
+_State = tuple[Path, int, int]
+_opened: dict[object, tuple[list[_State], PassageIndex]] = {}
+"""By paths and settings, with the state that the files were in."""
 
 
 def _open_or_build(
@@ -215,23 +162,29 @@ def _open_or_build(
     content = _content_hash(files)
     settings = [FORMAT, _library().__version__, asdict(columns), language, content]
     place = directory / hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:32]
-    if not _is_whole(place):
-        _build_aside(files, columns, words, place)
-        if _content_hash(files) != content:
-            shutil.rmtree(place, ignore_errors=True)
-            raise UserError(f"{_listed(files)}: changed while it was being indexed", "Run again.")
+    if not _is_whole(place):  # a whole one is never moved, so it is opened without the lock
+        with alone(place):
+            if not _is_whole(place):
+                _build_aside(files, columns, words, place, content)
     return PassageIndex(place, words)
 
 
 def _content_hash(files: Sequence[Path]) -> list[str]:
     hashes = []
     for file in files:
-        try:
-            with file.open("rb") as stream:
-                hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror}", "Check the file.") from error
+        with _reading(file), file.open("rb") as stream:
+            hashes.append(hashlib.file_digest(stream, "sha256").hexdigest())
     return hashes
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot read {file}: {error.strerror or error}", "Check the file."
+        ) from error
 
 
 def _is_whole(place: Path) -> bool:
@@ -243,20 +196,27 @@ def _is_whole(place: Path) -> bool:
         return False
 
 
-def _build_aside(files: Sequence[Path], columns: Columns, words: Words, place: Path) -> None:
-    """Build in a directory of our own, then give it the name."""
+def _build_aside(
+    files: Sequence[Path], columns: Columns, words: Words, place: Path, content: list[str]
+) -> None:
+    """Build in a directory of our own, and give it the name if it is of the content."""
     aside = place.with_name(f".{place.name}.{uuid.uuid4().hex}")
     try:
-        with _writing(place.parent):
-            aside.mkdir(parents=True)
+        with writing(place.parent):
+            sweep(place.parent)
+            aside.mkdir()
             _write(files, columns, words, aside)
+            if _content_hash(files) != content:
+                raise UserError(
+                    f"{_listed(files)}: changed while it was being indexed", "Run again."
+                )
             _move(aside, place)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 
 
 def _move(aside: Path, place: Path) -> None:
-    """Rename, unless another process has put a whole index there meanwhile."""
+    """Rename, unless a whole index is there: of a process that could not be locked out."""
     if not _is_whole(place) and place.exists():
         broken = place.with_name(f"{aside.name}.broken")
         with contextlib.suppress(FileNotFoundError):  # another process was faster
@@ -304,10 +264,10 @@ def read_passages(files: Sequence[Path], columns: Columns) -> Iterator[Passage]:
     """The passages of JSONL files, in order; empty lines are skipped.
 
     Raises:
-        UserError: a line is not an object with the columns.
+        UserError: a file cannot be read, or a line is not an object with the columns.
     """
     for file in files:
-        with file.open("rb") as stream:
+        with _reading(file), file.open("rb") as stream:
             for number, raw in enumerate(stream, 1):
                 if line := raw.removeprefix(_BOM if number == 1 else b"").strip():
                     yield _passage(line, columns, f"{file}, line {number}")

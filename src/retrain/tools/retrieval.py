@@ -7,14 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from retrain.tools.base import ModelError
-from retrain.tools.passages import (
-    Columns,
-    Passage,
-    PassageIndex,
-    default_directory,
-    open_index,
-    write_rows,
-)
+from retrain.tools.corpus import write_rows
+from retrain.tools.index_dir import default_directory
+from retrain.tools.passages import Columns, Passage, PassageIndex, open_index
 from retrain.tools.signature import read_signature
 from retrain.tools.threads import in_daemon_thread
 from retrain.types import UserError

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from retrain.engines.openai import ChatEndpoint, endpoint_of
+from retrain.engines.openai import ChatEndpoint, MessagesRefused, endpoint_of
 from retrain.tools.base import ModelError, ToolError, ToolOutput
 from retrain.tools.declared import DeclaredParameters
 from retrain.tools.function import checked_name, show
@@ -155,12 +155,17 @@ class PlayedTool:
         """The answer to the last of a rollout's calls.
 
         Raises:
+            ModelError: the model that plays does not take the calls: they are too long, or filtered.
             InfrastructureError: there is still none after the last retry.
+            UserError: its endpoint refuses the request as such.
         """
         key = json.dumps(said)
         if self._cache is not None and key in self._cache:
             return ToolOutput(self._cache[key], {f"{self.name}/calls": 1.0})
-        reply = await self._endpoint.chat([self._system, *said], seed=self._seed)
+        try:
+            reply = await self._endpoint.chat([self._system, *said], seed=self._seed)
+        except MessagesRefused as refused:
+            raise ModelError(f"{self.name} does not take this call: {refused.said}") from refused
         text = reply.text.strip()
         if not text and reply.finish_reason == "length":
             raise InfrastructureError(f"{self.name}: the answer was cut before it said a word")
@@ -271,13 +276,13 @@ def _key(arguments: Mapping[str, Any]) -> str:
 
 
 def _normal(value: Any) -> Any:
-    """Of a text without case and with single spaces; of a number as a float."""
+    """Of a text without case and with single spaces; of a number without a fraction exactly."""
     if isinstance(value, str):
         return " ".join(value.casefold().split())
     if isinstance(value, Mapping):
         return {key: _normal(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_normal(item) for item in value]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
     return value

@@ -11,7 +11,7 @@ from typing import Any
 
 from retrain.tools.base import ModelError, ToolError, ToolOutput, ToolSession
 from retrain.tools.threads import in_daemon_thread
-from retrain.types import UserError
+from retrain.types import InfrastructureError, UserError
 
 PYTHON_TYPES: dict[str, tuple[type, ...]] = {
     "string": (str,),
@@ -24,6 +24,9 @@ PYTHON_TYPES: dict[str, tuple[type, ...]] = {
 }
 """Of smolagents' types those that JSON has. `any` admits all; an `image` or `audio` is none."""
 
+_TYPED = (ModelError, ToolError, InfrastructureError, UserError, asyncio.CancelledError)
+"""What a tool raises in order to say whose fault it is."""
+
 SHOWN_CHARS = 60
 """Of an argument that does not fit."""
 
@@ -31,8 +34,9 @@ SHOWN_CHARS = 60
 class SmolagentsTool:
     """A `smolagents.Tool`, used as it is: one instance for all rollouts, each call in a thread.
 
-    `setup` runs at the first call. What `forward` raises is the tool's error; arguments that are
-    missing, unknown or of another type than `inputs` says are the model's.
+    `setup` runs at the first call. What `forward` raises is the tool's error, unless it is one of
+    ours, which says itself whose fault it is; arguments that are missing, unknown or of another
+    type than `inputs` says are the model's.
     """
 
     def __init__(self, tool: Any) -> None:
@@ -98,7 +102,7 @@ class _Session:
         try:
             result = await in_daemon_thread(lambda: self._tool.run(bound))
             return show(await result if inspect.isawaitable(result) else result)
-        except (ModelError, ToolError, asyncio.CancelledError):
+        except _TYPED:
             raise
         except Exception as error:
             raise ToolError(f"{type(error).__name__}: {error}") from error
@@ -130,6 +134,8 @@ def wrap_smolagents(obj: Any, params: Mapping[str, Any]) -> SmolagentsTool:
         return SmolagentsTool(obj)
     try:
         made = obj(**params)
+    except UserError:
+        raise
     except Exception as error:  # smolagents refuses what it finds amiss with exceptions of any kind
         raise UserError(
             f"tool class {obj.__name__} cannot be made: {type(error).__name__}: {error}",

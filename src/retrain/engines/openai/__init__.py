@@ -6,7 +6,7 @@ it can play any party but the policy.
 
 from __future__ import annotations
 
-from retrain.engines.openai.chat import ChatEndpoint, ChatReply
+from retrain.engines.openai.chat import ChatEndpoint, ChatReply, MessagesRefused
 from retrain.engines.openai.settings import endpoint_of, read_key
 
-__all__ = ["ChatEndpoint", "ChatReply", "endpoint_of", "read_key"]
+__all__ = ["ChatEndpoint", "ChatReply", "MessagesRefused", "endpoint_of", "read_key"]

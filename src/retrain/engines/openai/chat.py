@@ -30,8 +30,20 @@ _KEY = re.compile(r"[!-~]+")
 """What may stand in a header."""
 
 _OF_THE_MESSAGES = (400, 413, 422)
-"""Of an endpoint that answered before they speak of what was said to it: too long, or filtered. The
-policy said it, so it is no mistake of the user's."""
+"""Of an endpoint that answers others they speak of what was said to it: too long, or filtered."""
+
+_PROBE = "Answer with one word."
+_NOT_TAKEN = "The server does not take this request: check the model and its limits."
+
+
+class MessagesRefused(InfrastructureError):
+    """The endpoint answers others, but does not take these messages: too long, or filtered. They
+    are not sent again. Who said them is for the caller to know: a model, most often."""
+
+    def __init__(self, message: str, said: str) -> None:
+        super().__init__(message)
+        self.said = said
+        """The server's words."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +130,9 @@ class ChatEndpoint:
     ) -> ChatReply:
         """The next message of a conversation.
 
+        Where the first messages are refused, the endpoint is asked the same with a few harmless
+        words in their place: what it does not take then either is the request as such.
+
         Args:
             messages: `{"role": ..., "content": ...}` each.
             seed: sent along; most servers sample by it.
@@ -126,9 +141,9 @@ class ChatEndpoint:
                 that refuses those by name is asked without from then on.
 
         Raises:
-            UserError: the server refuses the request as such: the key, the model, the messages.
-            InfrastructureError: there is still no answer after the last retry; or an endpoint that
-                answered before does not take these messages.
+            UserError: the server refuses the request as such: the key, the model, a setting.
+            MessagesRefused: it refuses these messages, whether they are the first or not.
+            InfrastructureError: there is still no answer after the last retry.
         """
         body = {
             "model": self._model,
@@ -142,13 +157,11 @@ class ChatEndpoint:
             body["response_format"] = {"type": "json_schema", "json_schema": form}
         length = self._max_tokens if max_tokens is None else max_tokens
 
-        async def attempt() -> ChatReply:
-            return self._reply(await self._ask(body, length))
-
-        reply, attempts = await until_answered(
-            attempt, retries=self._retries, backoff_s=self._backoff_s, named=self._named
-        )
-        return replace(reply, attempts=attempts)
+        try:
+            return await self._answer(body, length)
+        except MessagesRefused:
+            await self._probe(body, length)
+            raise
 
     async def close(self) -> None:
         """Close this event loop's connections, those in use included; nothing is asked after."""
@@ -160,6 +173,32 @@ class ChatEndpoint:
     @property
     def _named(self) -> str:
         return f"{self._where}: {self._endpoint.partition('?')[0]}"
+
+    async def _answer(self, body: dict[str, Any], length: int) -> ChatReply:
+        async def attempt() -> ChatReply:
+            return self._reply(await self._ask(body, length))
+
+        reply, attempts = await until_answered(
+            attempt, retries=self._retries, backoff_s=self._backoff_s, named=self._named
+        )
+        return replace(reply, attempts=attempts)
+
+    async def _probe(self, body: dict[str, Any], length: int) -> None:
+        """See to it that the endpoint has answered once: this request, if need be, with other
+        words.
+
+        Raises:
+            UserError: it does not take that either.
+            InfrastructureError: there is no answer.
+        """
+        async with self._lines.here().probing:
+            if self._answered:
+                return
+            messages = [{**message, "content": _PROBE} for message in body["messages"]]
+            try:
+                await self._answer({**body, "messages": messages}, length)
+            except MessagesRefused as refused:
+                raise UserError(str(refused), _NOT_TAKEN) from None
 
     async def _ask(self, body: dict[str, Any], length: int) -> Any:
         """One attempt; of a server that refuses a key by name, another without it."""
@@ -194,10 +233,11 @@ class ChatEndpoint:
             self._takes_formats = False
 
     def _refuse(self, status: int, headers: Mapping[str, str], text: str) -> None:
-        said = f"answered {status}: {self._shown(_message(text))}"
+        words = self._shown(_message(text))
+        said = f"answered {status}: {words}"
         spent = status == 429 and "insufficient_quota" in text
-        if status in _OF_THE_MESSAGES and self._answered:
-            raise InfrastructureError(f"{self._named} {said}")
+        if status in _OF_THE_MESSAGES:
+            raise MessagesRefused(f"{self._named} {said}", words)
         if (status >= 500 or status in PASSING) and not spent:
             raise Later(said, retry_after_s(headers.get("retry-after")))
         if spent:
@@ -209,7 +249,7 @@ class ChatEndpoint:
         elif status == 404:
             step = f"Check the model's name, {self._model!r}, and the url."
         else:
-            step = "The server does not take this request: check the model and its limits."
+            step = _NOT_TAKEN
         raise UserError(f"{self._named} {said}", step)
 
     async def _post(self, body: dict[str, Any]) -> tuple[int, Mapping[str, str], str]:
@@ -280,7 +320,7 @@ class ChatEndpoint:
             timeout=httpx2.Timeout(None, connect=CONNECT_S),
             limits=httpx2.Limits(max_connections=self._max_concurrency),
         )
-        return _Line(client, asyncio.Semaphore(self._max_concurrency))
+        return _Line(client, asyncio.Semaphore(self._max_concurrency), asyncio.Lock())
 
 
 @dataclass(frozen=True)
@@ -289,6 +329,7 @@ class _Line:
 
     client: httpx2.AsyncClient
     slots: asyncio.Semaphore
+    probing: asyncio.Lock
 
 
 def _address(url: str, where: str) -> str:

@@ -12,6 +12,7 @@ from retrain.envs.adapters.endpoint import SECRET_HEADER, Endpoint, Seat
 from retrain.envs.base import Agent, Environment
 from retrain.importing import import_object
 from retrain.rendering import Renderer
+from retrain.rewards.failures import describe_rollout
 from retrain.types import InfrastructureError, Message, MessageType, Rollout, Task, UserError
 
 COLUMN = "verifiers"
@@ -74,7 +75,7 @@ class VerifiersEnvironment(Environment):
             InfrastructureError: what it runs on failed.
         """
         rollout = agent.start(task)
-        with self._blamed("run", rollout):
+        with self._blamed("run", lambda: describe_rollout(rollout)):
             own = _own_task(self.env, task)
             await self._service.start()
             episode = _Episode(task, agent, self.renderer, self._service.endpoint)

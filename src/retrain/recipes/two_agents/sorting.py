@@ -38,6 +38,7 @@ class ProposeAndSolve(MultiAgentEnvironment):
     ) -> None:
         super().__init__(roles, max_turns=max_turns, stop_phrase=stop_phrase)
         self.attempts = attempts
+        self.most_agents = 1 + attempts
 
     async def conduct(self, task: Task, episode: Episode) -> None:
         given = task.metadata.get("given")

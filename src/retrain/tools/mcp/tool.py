@@ -176,6 +176,7 @@ def mcp(
     *,
     args: Sequence[str] = (),
     env: Mapping[str, str] | None = None,
+    env_from: Mapping[str, str] | None = None,
     cwd: str | None = None,
     url: str | None = None,
     headers_env: Mapping[str, str] | None = None,
@@ -194,6 +195,8 @@ def mcp(
     Args:
         command, args: what starts a server that speaks over stdin and stdout.
         env: variables for it; of this process's own it gets PATH, HOME and the like only.
+        env_from: more variables for it, such as a key: by its name for each, the variable of this
+            process's environment that holds the value.
         cwd: where it runs.
         url: of a server that runs already (streamable HTTP), in place of `command`.
         headers_env: headers for it, by name: the environment variable that holds the value.
@@ -214,7 +217,16 @@ def mcp(
     if importlib.util.find_spec("mcp") is None:
         raise UserError("the tool mcp needs the package mcp", "Run: pip install 'retrain[mcp]'")
     _check_numbers(start_timeout_s, timeout_s, restarts)
-    link = _link(command, url, args=args, env=env, cwd=cwd, headers_env=headers_env, sse=sse)
+    link = _link(
+        command,
+        url,
+        args=args,
+        env=env,
+        env_from=env_from,
+        cwd=cwd,
+        headers_env=headers_env,
+        sse=sse,
+    )
     shared = Shared(
         link, start_timeout_s=start_timeout_s, restarts=restarts, per_rollout=per_rollout
     )
@@ -242,6 +254,7 @@ def _link(
     *,
     args: Sequence[str],
     env: Mapping[str, str] | None,
+    env_from: Mapping[str, str] | None,
     cwd: str | None,
     headers_env: Mapping[str, str] | None,
     sse: bool,
@@ -249,11 +262,11 @@ def _link(
     if (command is None) == (url is None):
         raise UserError(
             "tool 'mcp': set exactly one of command and url",
-            "command starts a server (with args, env, cwd); url reaches one that runs.",
+            "command starts a server (with args, env, env_from, cwd); url reaches one that runs.",
         )
     idle: dict[str, object] = {"headers_env": headers_env, "sse": sse}
     if url is not None:
-        idle = {"args": args, "env": env, "cwd": cwd}
+        idle = {"args": args, "env": env, "env_from": env_from, "cwd": cwd}
     if given := [name for name, value in idle.items() if value]:
         raise UserError(
             f"tool 'mcp': {' and '.join(given)} does nothing with "
@@ -261,18 +274,34 @@ def _link(
             "Leave it out.",
         )
     if url is not None:
-        from retrain.engines.openai import read_key
-
-        headers = {
-            name: read_key(variable, f"tool 'mcp': headers_env.{name}") or ""
-            for name, variable in (headers_env or {}).items()
-        }
-        return Address(url, headers, sse)
+        return Address(url, _of_environment(headers_env, "headers_env"), sse)
     assert command is not None
     if cwd is not None and not Path(cwd).is_dir():
         raise UserError(f"tool 'mcp': there is no directory {cwd}", "Correct cwd.")
     variables = {name: str(value) for name, value in (env or {}).items()}
-    return Process(command, [str(arg) for arg in args], variables, cwd)
+    from_ours = _of_environment(env_from, "env_from")
+    if twice := variables.keys() & from_ours.keys():
+        raise UserError(f"tool 'mcp': env and env_from both set {min(twice)}", "Leave one out.")
+    return Process(command, [str(arg) for arg in args], variables | from_ours, cwd)
+
+
+def _of_environment(named: Any, where: str) -> dict[str, str]:
+    """By name, what a variable of this process's environment holds.
+
+    Raises:
+        UserError: it is not set, or `named` names none.
+    """
+    from retrain.engines.openai import read_key
+
+    place = f"tool 'mcp': {where}"
+    if not isinstance(named, Mapping | None):
+        raise UserError(f"{place} is {named!r}", "Write {NAME: VARIABLE_OF_THIS_ENVIRONMENT}.")
+    read = {}
+    for name, variable in (named or {}).items():
+        if not isinstance(name, str) or not isinstance(variable, str) or not variable:
+            raise UserError(f"{place}.{name} is {variable!r}", "Give the name of a variable.")
+        read[name] = read_key(variable, f"{place}.{name}") or ""
+    return read
 
 
 def _started(shared: Shared) -> Sequence[RemoteTool]:

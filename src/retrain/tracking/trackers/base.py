@@ -140,6 +140,9 @@ class Tracker(Protocol):
         ...
 
 
+GRACE_S = 5.0
+"""For `finish`, once a tracker has had its time and the call that it was in was broken off."""
+
 METHODS = ("start", "log_metrics", "log_rollouts", "log_artifact", "finish")
 
 
@@ -151,6 +154,8 @@ class Spec:
     """`pkg.module:Class`."""
     params: dict[str, Any]
     run: RunInfo
+    run_pid: int
+    """Of the run's process."""
     finish_timeout_s: float
 
 

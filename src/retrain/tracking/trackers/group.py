@@ -8,9 +8,14 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
-from retrain.config.tracking import PythonTrackerConfig, TrackerConfig, TrackingConfig, WandbConfig
+from retrain.config.tracking import (
+    PythonTrackerConfig,
+    TrackerConfig,
+    TrackingConfig,
+    active_trackers,
+)
 from retrain.importing import import_object
-from retrain.tracking.trackers.base import METHODS, RolloutRow, RunInfo, Status
+from retrain.tracking.trackers.base import GRACE_S, METHODS, RolloutRow, RunInfo, Status
 from retrain.tracking.trackers.guard import GuardedTracker
 from retrain.types import Rollout, UserError
 
@@ -90,12 +95,15 @@ class Trackers:
             self._call("log_artifact", name, path)
 
     def finish(self, status: Status) -> None:
-        """End all of them, together within the time that they have for it."""
+        """End all of them, together within the time that they have for it, and GRACE_S more."""
         deadline = time.monotonic() + self._finish_timeout_s
         for tracker in self._trackers:
             tracker.finish(status)
         for tracker in self._trackers:
             tracker.join(max(deadline - time.monotonic(), 0.0))
+        deadline = time.monotonic() + GRACE_S
+        for tracker in self._trackers:
+            tracker.end(max(deadline - time.monotonic(), 0.0))
 
     def _call(self, method: str, *arguments: object) -> None:
         for tracker in self._trackers:
@@ -123,15 +131,6 @@ def build_trackers(section: TrackingConfig, *, prefixed: Collection[str] = ()) -
         rollouts_every=section.rollouts_logged_every,
         finish_timeout_s=section.finish_timeout_s,
     )
-
-
-def active_trackers(section: TrackingConfig) -> list[TrackerConfig]:
-    """Those that are not switched off."""
-    return [
-        config
-        for config in section.trackers
-        if not (isinstance(config, WandbConfig) and config.mode == "disabled")
-    ]
 
 
 def check_tracker(config: TrackerConfig) -> None:

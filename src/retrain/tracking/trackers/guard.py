@@ -17,12 +17,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from retrain.tracking.trackers.base import Call, RunInfo, Spec, Status
+from retrain.tracking.trackers.base import GRACE_S, Call, RunInfo, Spec, Status
 
 logger = logging.getLogger(__name__)
 
 QUEUE_SIZE = 256
 """Calls that wait for a slow tracker; further ones are dropped, and counted."""
+
+MOST_ROLLOUTS = 8
+"""Of those, calls with rollouts, which may be large."""
 
 MOST_FAILURES = 5
 """In a row; then the tracker is switched off."""
@@ -33,8 +36,8 @@ _CAUSE_CHARS = 300
 class GuardedTracker:
     """A tracker in a process of its own, and the thread that feeds it from a bounded queue.
 
-    No method raises, and only `finish` waits. `announce` is called, from the thread, with where the
-    tracker says that the run can be looked at.
+    No method raises, and only `join` and `end` wait. `announce` is called, from the thread, with
+    where the tracker says that the run can be looked at.
     """
 
     def __init__(
@@ -50,9 +53,10 @@ class GuardedTracker:
         self._path, self._params = path, params
         self._finish_timeout_s = finish_timeout_s
         self._calls: queue.Queue[Call] = queue.Queue(QUEUE_SIZE)
+        self._room = threading.Semaphore(MOST_ROLLOUTS)
         self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
-        self._off = self._killed = False
+        self._off = self._late = False
         self._failed = self._in_a_row = 0
 
     def start(self, run: RunInfo, announce: Callable[[str], None]) -> None:
@@ -65,7 +69,7 @@ class GuardedTracker:
         except OSError as error:
             self._switch_off(f"cannot be started: {error}")
             return
-        spec = Spec(self._path, self._params, run, self._finish_timeout_s)
+        spec = Spec(self._path, self._params, run, os.getpid(), self._finish_timeout_s)
         self._thread = threading.Thread(
             target=self._serve, args=(spec, announce), name=f"tracker-{self.name}", daemon=True
         )
@@ -75,16 +79,20 @@ class GuardedTracker:
         """Have the tracker's method called, when its turn comes; arguments must not change."""
         if self._off or self._thread is None:
             return
-        try:
-            self._calls.put_nowait(Call(method, arguments))
-        except queue.Full:
-            self.dropped += 1
-            if self.dropped == 1:
-                logger.warning(
-                    "tracker %s is too slow: %d calls wait, others are dropped; the run goes on",
-                    self.name,
-                    QUEUE_SIZE,
-                )
+        if method != "log_rollouts" or self._room.acquire(blocking=False):
+            try:
+                self._calls.put_nowait(Call(method, arguments))
+                return
+            except queue.Full:
+                if method == "log_rollouts":
+                    self._room.release()
+        self.dropped += 1
+        if self.dropped == 1:
+            logger.warning(
+                "tracker %s is too slow: %d calls wait, others are dropped; the run goes on",
+                self.name,
+                self._calls.qsize(),
+            )
 
     def finish(self, status: Status) -> None:
         """Have it finish once what waits is done; `join` waits for that."""
@@ -92,35 +100,70 @@ class GuardedTracker:
             return
         with suppress(queue.Empty):
             while self._calls.full():
-                self._calls.get_nowait()
+                self._take(block=False)
                 self.dropped += 1
         self.call("finish", status)
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the end of its process; after `timeout_s`, end it."""
+        """Wait for the end of its process. After `timeout_s`, what waits is dropped, and SIGTERM
+        breaks off the call that it is in, so that only `finish` is left; `end` waits for that."""
+        if self._thread is None or self._process is None or self._ends(timeout_s):
+            return
+        if not self._off:
+            logger.warning(
+                "tracker %s was not done after %g s; what it had not sent is lost to it",
+                self.name,
+                self._finish_timeout_s,
+            )
+        self._late = True
+        self._drop_all_but_finish()
+        with suppress(OSError):
+            self._process.terminate()
+
+    def end(self, timeout_s: float = GRACE_S) -> None:
+        """After `join`: wait `timeout_s` more where it is late, then kill what is left of it and of
+        all that it has started."""
         if self._thread is None or self._process is None:
             return
-        deadline = time.monotonic() + timeout_s
-        self._thread.join(timeout_s)
-        with suppress(subprocess.TimeoutExpired):
-            if not self._thread.is_alive():
-                self._process.wait(max(deadline - time.monotonic(), 0.1))
-        if self._process.poll() is None:
-            if not self._off:
-                logger.warning(
-                    "tracker %s was not done after %g s; what it had not sent is lost to it",
-                    self.name,
-                    timeout_s,
-                )
-            self._killed = True
-            with suppress(OSError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._thread.join(1.0)
+        self._ends(timeout_s if self._late else 0.0)
+        with suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._thread.join(1.0)
         if self.dropped or self._failed:
             logger.warning(
                 "tracker %s: %d calls dropped, %d failed", self.name, self.dropped, self._failed
             )
+
+    def _ends(self, timeout_s: float) -> bool:
+        """Whether its process ends within the time."""
+        assert self._thread is not None and self._process is not None
+        deadline = time.monotonic() + timeout_s
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(deadline - time.monotonic(), 0.1))
+        return self._process.returncode is not None
+
+    def _take(self, *, block: bool) -> Call:
+        """
+        Raises:
+            queue.Empty: nothing waits, and `block` is false.
+        """
+        call = self._calls.get(block)
+        if call.method == "log_rollouts":
+            self._room.release()
+        return call
+
+    def _drop_all_but_finish(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                call = self._take(block=False)
+                if call.method == "finish":  # the last that was put
+                    self._calls.put_nowait(call)
+                    return
+                self.dropped += 1
 
     def _serve(self, spec: Spec, announce: Callable[[str], None]) -> None:
         try:
@@ -129,12 +172,12 @@ class GuardedTracker:
                 return
             announce(f"{self.name}: {where}")
             while not self._off:
-                call = self._calls.get()
+                call = self._take(block=True)
                 self._exchange(call)
                 if call.method == "finish":
                     return
         except Exception as error:  # its process ended, or an argument cannot be sent
-            if not self._killed:
+            if not self._late:
                 self._switch_off(f"{type(error).__name__}: {error}")
 
     def _exchange(self, message: Spec | Call) -> str | None:
@@ -162,6 +205,8 @@ class GuardedTracker:
     def _count(self, cause: str, *, fatal: bool) -> None:
         self._failed += 1
         self._in_a_row += 1
+        if self._late:
+            return
         if fatal:
             self._switch_off(f"did not start: {cause}")
         elif self._in_a_row == MOST_FAILURES:

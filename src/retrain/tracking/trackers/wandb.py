@@ -96,9 +96,9 @@ class WandbTracker:
         self._run.finish(exit_code=_EXIT_CODES[status])
 
     def _log(self, step: int, values: Mapping[str, Any]) -> None:
-        self._run.log({AXIS: step, **values}, step=self._rows)
         self._rows += 1
         self._keep()
+        self._run.log({AXIS: step, **values}, step=self._rows - 1, commit=True)
 
     def _keep(self) -> None:
         assert self._kept is not None
