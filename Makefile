@@ -34,7 +34,7 @@ demo: .venv/.installed
 
 test: .venv/.installed-dev
 	@echo "test: pytest"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadscope
 
 lint: .venv/.installed-dev
 	@echo "lint: ruff check, ruff format --check"

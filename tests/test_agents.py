@@ -232,9 +232,7 @@ class Crowd(MultiAgentEnvironment):
 class Proposes(MultiAgentEnvironment):
     """One question, several answers to it."""
 
-    def __init__(self, roles: list[Role], **settings: Any) -> None:
-        super().__init__(roles, **settings)
-        self.most_agents = 3
+    most_agents = 3
 
     async def conduct(self, task: Task, episode: Episode) -> None:
         proposer = await episode.participant("proposer")

@@ -266,7 +266,7 @@ def test_the_page_on_sandboxes_says_what_is_so(tmp_path: Path) -> None:
         "README.md",
         "CHANGELOG.md",
         "CONTRIBUTING.md",
-        *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+        *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").rglob("*.md"))),
         *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "examples").rglob("*.md"))),
     ],
 )
@@ -284,7 +284,7 @@ def test_the_configs_and_the_protocol_on_the_page_about_agents(
     assert "agent critic: policy, does not train" in check(load_config("debate.yaml"))
     assert "agent lead: policy, trains; calls calculator" in check(load_config("team.yaml"))
     quiz = {"type": "agents", "path": "quiz.py:Quiz", "agents": {"host": {}, "guest": {}}}
-    config = rl_config(folder, environment=quiz)
+    config = rl_config(folder, environment=quiz, reward_setup={})
     result = run_sync(config)
     agents = [rollout.agent for rollout in rollouts_of(result.path)[1]]
     assert agents[:5] == ["host", *["guest"] * 4]

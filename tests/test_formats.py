@@ -79,6 +79,15 @@ def test_a_tool_that_needs_two_arguments_takes_json() -> None:
     assert '"name": ...' in form.describe([ADD])
 
 
+def test_json_that_names_a_tool_is_a_call_of_it_also_where_there_is_another_one() -> None:
+    tags = TagFormat(TagConfig())
+    for name in ("run", "python"):
+        text = f'<code>{{"name": "{name}", "arguments": {{"code": "1"}}}}</code>'
+        assert parsed(tags, text, RUN) == [(name, {"code": "1"})]
+    body = '{"name": "x", "code": 1}'
+    assert parsed(tags, f"<code>{body}</code>", RUN) == [("run", {"code": body})]
+
+
 def test_several_tools_take_json_and_errors_name_them() -> None:
     form = TagFormat()
     text = '<code>{"name": "run", "arguments": {"code": "1"}}</code>'

@@ -412,7 +412,7 @@ def test_a_key_for_a_server_stands_in_no_config(monkeypatch: pytest.MonkeyPatch)
         assert asyncio.run(said(tools, "variable", name="ITS_KEY")) == ("ok", "sk-very-secret-4711")
         assert asyncio.run(said(tools, "variable", name="OUR_KEY"))[1] == "(unset)"
         assert "4711" not in repr(tools[0]._shared.link)
-    with pytest.raises(UserError, match="could not be started|ended|no answer") as failure:
+    with pytest.raises(UserError, match="could not be connected to") as failure:
         resolve_tools("mcp", {"command": "no-such-server", "env_from": {"ITS_KEY": "OUR_KEY"}})
     assert "4711" not in str(failure.value)
 

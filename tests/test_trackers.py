@@ -208,28 +208,21 @@ def test_wandb_goes_on_with_one_run_over_its_own_axis(ran: Ran) -> None:
     assert codes == [255, 0]
 
 
-def test_wandb_writes_each_call_at_once_and_counts_it_before(tmp_path: Path) -> None:
-    """Killed, it has what it was given; a W&B step that may have been used is not used again."""
-    pytest.importorskip("wandb")
-    path = "retrain.tracking.trackers.wandb:WandbTracker"
-    params = {"project": "p", "mode": "offline"}
-    tracker = GuardedTracker("wandb", path, params, finish_timeout_s=20.0)
-    tracker.start(RunInfo("r", tmp_path, {}), lambda where: None)
-    for step in range(3):
-        tracker.call("log_metrics", step, {"a": step + 0.5})
-    deadline = time.monotonic() + 60.0
-    while Kept(tmp_path, "wandb").read().get("rows") != 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    time.sleep(1.0)
-    process = tracker._process
-    assert process is not None
-    process.kill()  # wandb-core ends by itself, and writes what it has
-    while len(found := [row for part in wandb_records(tmp_path) for row in history(part)]) < 3:
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    assert [(row["_step"], row["global_step"]) for row in found] == [(0, 0), (1, 1), (2, 2)]
-    tracker.end()
+def test_wandb_commits_each_call_and_counts_it_before(tmp_path: Path) -> None:
+    """A W&B step that may have been used is not used again, whenever the process dies."""
+    seen: list[tuple[int, bool, int]] = []
+
+    class Run:
+        id = "x"
+
+        def log(self, values: Mapping[str, Any], step: int, commit: bool = False) -> None:
+            seen.append((step, commit, Kept(tmp_path, "wandb").read()["rows"]))
+
+    tracker = WandbTracker(project="p", mode="offline")
+    tracker._run, tracker._kept = Run(), Kept(tmp_path, "wandb")
+    tracker.log_metrics(4, {"a": 0.5})
+    tracker.log_metrics(5, {"a": 1.5})
+    assert seen == [(0, True, 1), (1, True, 2)]
 
 
 def test_wandb_that_is_late_still_writes_what_it_was_given(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def test_one_that_hangs_is_not_waited_for(
 ) -> None:
     tracker = guarded(tmp_path, "hangs", at)
     started = time.monotonic()
-    use(tracker, tmp_path, calls=QUEUE_SIZE + 50, timeout_s=6.0 if at == "finish" else 2.0)
-    assert time.monotonic() - started < 10.0 + GRACE_S
+    use(tracker, tmp_path, calls=QUEUE_SIZE + 50, timeout_s=6.0)
+    assert time.monotonic() - started < 15.0 + GRACE_S
     said = " ".join(record.getMessage() for record in caplog.records)
     assert "tracker python was not done after 60 s" in said, "the time that all of them had"
     assert "did not start" not in said

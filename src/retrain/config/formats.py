@@ -25,8 +25,9 @@ class ToolConfig(Section):
 class TagsFormat(Section):
     """A call is written between two tags, and its result put back between two others.
 
-    With one tool the text between the tags is its first argument. With several it is a JSON
-    object `{"name": ..., "arguments": {...}}`.
+    Where a task has one tool, the text between the tags is its first argument. With several, or
+    where the tool needs more than one argument, it is a JSON object
+    `{"name": ..., "arguments": {...}}`, which always names a tool.
     """
 
     type: Literal["tags"] = "tags"

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from retrain.config.agents import AgentsConfig
 from retrain.config.base import Section
 from retrain.config.explain import explain, short
 from retrain.config.idle import idle_keys
@@ -176,6 +177,7 @@ def _require_sections(kind: StageKind, config: TrainingConfig, place: str) -> No
         or rewards.rollout_reward_configs
         or rewards.group_reward_configs
         or config.environment.type in ("python", "gymnasium", "openenv", "verifiers")
+        or (isinstance(config.environment, AgentsConfig) and config.environment.path is not None)
     )
     if kind == "rl" and not has_reward:
         raise UserError(

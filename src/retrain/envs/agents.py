@@ -27,6 +27,9 @@ class MultiAgentEnvironment(Environment):
     `most_agents` participants enter an episode at most, by default one of each role: a protocol
     that has several attempts of one sets it higher.
 
+    A subclass with arguments of its own takes the roles first, and hands the rest on:
+    `def __init__(self, roles, *, mine, **settings): super().__init__(roles, **settings)`.
+
     Args:
         roles: in the order in which they speak.
         max_turns: of each role that takes turns.
@@ -37,7 +40,7 @@ class MultiAgentEnvironment(Environment):
         self, roles: Sequence[Role], *, max_turns: int = 10, stop_phrase: str | None = None
     ) -> None:
         self.roles = {role.name: role for role in roles}
-        self.most_agents = len(self.roles)
+        self.most_agents = max(type(self).most_agents, len(self.roles))
         self.max_turns = max_turns
         self.stop_phrase = stop_phrase
 

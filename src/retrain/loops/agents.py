@@ -81,7 +81,8 @@ def build_agents(
     except TypeError as error:
         raise UserError(
             f"environment.params do not fit {section.path}: {error}",
-            f"Its parameters: {inspect.signature(kind)}.",
+            f"Its parameters: {inspect.signature(kind)}; it is called as (roles, max_turns=..., "
+            "stop_phrase=..., **params).",
         ) from error
 
 

@@ -321,16 +321,18 @@ def _call_from_body(body: str, tools: Sequence[ToolSchema], call_id: str) -> Too
         names = ", ".join(_name(t) for t in tools)
         reason = f'a call must be JSON like {{"name": ..., "arguments": {{...}}}}: {error}'
         return ToolCall("", {}, call_id, f"{reason}; tools: {names}" if names else reason)
-    if plain is not None and not _is_call_of(data, tools[0]):
+    if plain is not None and not _is_call(data):
         return ToolCall(_name(tools[0]), {plain: body}, call_id)
     return _call_from_json(data, call_id, "arguments")
 
 
-def _is_call_of(data: Any, tool: ToolSchema) -> bool:
+def _is_call(data: Any) -> bool:
+    """Whether it names a tool, which may be one that there is not: no argument of another."""
     return (
         isinstance(data, dict)
         and data.keys() == {"name", "arguments"}
-        and (data["name"] == _name(tool))
+        and isinstance(data["name"], str)
+        and isinstance(data["arguments"], dict)
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 from pydantic import (
     BaseModel,
@@ -119,9 +119,9 @@ def _kind(schema: Mapping[str, Any]) -> Any:
     """The type that checks a call's argument."""
     choices, kind = schema.get("enum"), schema["type"]
     if choices:
-        literal = Literal[tuple(choices)]
+        literal, annotated = Literal[tuple(choices)], cast(Any, Annotated)
         return (
-            literal if kind == "string" else Annotated[literal, BeforeValidator(_reader(choices))]
+            literal if kind == "string" else annotated[literal, BeforeValidator(_reader(choices))]
         )
     return Annotated[float, WrapValidator(_number)] if kind == "number" else _KINDS[kind]
 

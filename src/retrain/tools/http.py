@@ -46,8 +46,8 @@ class HttpTool:
     """Calls one address of one host, with the arguments in its path, its query or its body.
 
     Arguments are URL-encoded, and none can lead to another host or up from its place in the path.
-    Redirects are followed within the host and port only, or from http to https. What comes back is the body, or with `result` the
-    part of its JSON that the path names.
+    Redirects are followed within the host and port only, or from http to https. What comes back is
+    the body, or with `result` the part of its JSON that the path names.
 
     The model reads a refusal (4xx) as an error of the tool. Where the connection fails, the time
     runs out, or the server says 408, 409, 425, 429 or 5xx, the request is sent again, which an

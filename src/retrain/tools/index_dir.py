@@ -67,9 +67,7 @@ def alone(place: Path) -> Iterator[None]:
         yield
     finally:
         if held is not None:
-            with contextlib.suppress(OSError):
-                lock.unlink()
-            os.close(held)
+            _let_go(held, lock)
 
 
 def _hold(lock: Path) -> int | None:
@@ -93,6 +91,14 @@ def _hold(lock: Path) -> int | None:
                 os.close(held)
         if is_kept:
             return held
+
+
+def _let_go(held: int, lock: Path) -> None:
+    with contextlib.suppress(OSError):
+        lock.unlink()
+    if sys.platform != "win32":
+        fcntl.flock(held, fcntl.LOCK_UN)  # closing is not enough where a fork has it open too
+    os.close(held)
 
 
 def _is_at(descriptor: int, path: Path) -> bool:

@@ -155,7 +155,7 @@ class PlayedTool:
         """The answer to the last of a rollout's calls.
 
         Raises:
-            ModelError: the model that plays does not take the calls: they are too long, or filtered.
+            ModelError: the model that plays does not take the calls: too long, or filtered.
             InfrastructureError: there is still none after the last retry.
             UserError: its endpoint refuses the request as such.
         """

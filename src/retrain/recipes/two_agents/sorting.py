@@ -32,11 +32,10 @@ class ProposeAndSolve(MultiAgentEnvironment):
         self,
         roles: Sequence[Role],
         *,
-        max_turns: int = 1,
-        stop_phrase: str | None = None,
         attempts: int = 4,
+        **settings: Any,
     ) -> None:
-        super().__init__(roles, max_turns=max_turns, stop_phrase=stop_phrase)
+        super().__init__(roles, **settings)
         self.attempts = attempts
         self.most_agents = 1 + attempts
 

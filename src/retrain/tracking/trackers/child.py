@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from types import FrameType, TracebackType
 from typing import Any, BinaryIO, TextIO
 
@@ -128,8 +128,9 @@ def _end_after(seconds: float) -> None:
 
 
 def _answer(answers: TextIO, *, where: str | None = None, error: str | None = None) -> None:
-    answers.write(json.dumps({"where": where, "error": error}) + "\n")
-    answers.flush()
+    with suppress(BrokenPipeError):  # the run's process is gone
+        answers.write(json.dumps({"where": where, "error": error}) + "\n")
+        answers.flush()
 
 
 def _said(error: BaseException) -> str:
