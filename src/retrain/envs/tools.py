@@ -94,7 +94,8 @@ class ToolEnvironment(Environment):
         if not self.describe_tools or not self.tools_of(task):
             return task.prompt
         assert self.renderer.tool_format is not None
-        return _with_system(task.prompt, self.renderer.tool_format.describe(self.tools_for(task)))
+        about = self.renderer.tool_format.describe(self.tools_for(task))
+        return _with_system(task.prompt, about) if about else task.prompt
 
     async def reset(self, task: Task) -> Sequence[Message]:
         self._runner = ToolRunner(
