@@ -276,6 +276,15 @@ def test_links_between_pages_lead_somewhere(page: str) -> None:
         assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
 
 
+def test_the_config_on_the_page_about_tools(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(unpack("docs/tools.md", tmp_path))
+    config = load_config("tools.yaml")
+    assert "tool price(thing): What a thing costs." in check(config)
+    assert config.environment.tools_column == "tools"
+
+
 def test_the_configs_and_the_protocol_on_the_page_about_agents(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

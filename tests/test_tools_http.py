@@ -388,5 +388,6 @@ def test_the_examples_of_the_page_are_tools(monkeypatch: pytest.MonkeyPatch) -> 
             section = YAML(typ="safe", pure=True).load(text)
             load_config(rl_config(Path("runs"), **section))
             for tool in section["environment"]["tools"]:
-                built += [made.name for made in resolve_tools(tool["name"], tool["params"])]
-    assert built == ["llm_pool", "web_search", "weather", "book_flight"]
+                params = tool.get("params", {})
+                built += [made.name for made in resolve_tools(tool["name"], params)]
+    assert built == ["python", "price", "llm_pool", "web_search", "weather", "book_flight"]
