@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import retrain
 from retrain.tracking.report import EvaluationResult
 from retrain.tracking.run_dir import read_metrics
+from retrain.types import Rollout, Source
 
 ROOT = Path(__file__).parents[1]
 _COMMAND = re.compile(r"^<!-- run: (?P<label>\w+) -->\n```bash\n(?P<text>.*?)^```$", re.M | re.S)
@@ -64,3 +66,19 @@ def run_command(name: str, label: str, directory: Path, *more: str) -> Ran:
     quiet = [f"output_dir={directory}", "tracking.progress=off", "tracking.plots=false"]
     result: Any = retrain.run_sync(config, overrides=[*overrides, *quiet, *more])
     return Ran(result.path, {(e.stage, e.mode): e for e in result.evaluations})
+
+
+def check_gain(name: str, recipe: Ran, control: Ran) -> None:
+    """What the recipe gains exceeds what its control gains by the page's margin; a control that
+    gets worse counts as one that gains nothing."""
+    assert control.evaluations["before", "T=1"] == recipe.evaluations["before", "T=1"]
+    assert recipe.gain - max(control.gain, 0.0) >= margin(name)
+
+
+def check_what_trains(rollouts: Iterable[Rollout]) -> None:
+    """The policy's own turns are what was sampled; prompts and what tools say are in no turn."""
+    for rollout in rollouts:
+        for segment in rollout.segments:
+            inside = {i for span in segment.turns for i in range(span.start, span.end)}
+            assert inside == {i for i, s in enumerate(segment.source) if s == Source.SAMPLED}
+            assert len(inside) < len(segment.source)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from recipe_pages import ROOT, margin, run_command
+from recipe_pages import ROOT, check_gain, check_what_trains, run_command
 from retrain import Message, MessageType, Rollout, Task, load_config
 from retrain.loops.world import build_environment, build_renderer, build_sandbox
 from retrain.models import load_policy
@@ -17,7 +17,7 @@ from retrain.recipes.retool.rewards import outcome
 from retrain.recipes.retool.tasks import traces
 from retrain.tools import ToolRunner
 from retrain.tracking.rollouts import read_rollouts
-from retrain.types import Source, ToolCall
+from retrain.types import ToolCall
 
 RECIPE = ROOT / "src" / "retrain" / "recipes" / "retool"
 BOTH = [RECIPE / "retool.yaml", RECIPE / "tiny.yaml"]
@@ -99,16 +99,11 @@ def test_traces_are_the_demos_with_answers_in_boxes() -> None:
 def test_the_recipe_gains_more_than_its_control(tmp_path: Path) -> None:
     recipe = run_command("retool", "recipe", tmp_path)
     control = run_command("retool", "control", tmp_path)
-    assert control.evaluations["before", "T=1"] == recipe.evaluations["before", "T=1"]
-    assert recipe.gain - max(control.gain, 0.0) >= margin("retool")
+    check_gain("retool", recipe, control)
     rewards = recipe.curve("reward/mean")
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.4
     assert recipe.evaluations["after", "T=1 without tool"].success <= 0.05
     for stage in ("unseen_tool", "unseen_words"):
         assert recipe.evaluations[stage, "T=1"].n == 400
     file = min((recipe.path / "rollouts").glob("rl-*.jsonl.gz"))
-    for rollout in islice(read_rollouts(file), 40):
-        for segment in rollout.segments:
-            inside = {i for span in segment.turns for i in range(span.start, span.end)}
-            assert inside == {i for i, s in enumerate(segment.source) if s == Source.SAMPLED}
-            assert len(inside) < len(segment.source), "prompt and interpreter do not train"
+    check_what_trains(islice(read_rollouts(file), 40))

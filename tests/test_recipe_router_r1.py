@@ -12,7 +12,7 @@ import pytest
 
 from engine_servers.chat import ChatServer, reply
 from engine_servers.wire import Answer
-from recipe_pages import margin, page, run_command
+from recipe_pages import check_gain, page, run_command
 from retrain import load_config, run_sync
 from retrain.envs import ToolEnvironment
 from retrain.loops.world import build_environment, build_renderer, build_sandbox
@@ -323,7 +323,7 @@ def control(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def test_the_recipe_gains_more_than_random_rewards(ran: Any, control: Any) -> None:
-    assert ran.gain - control.gain > margin("router_r1")
+    check_gain("router_r1", ran, control)
 
 
 def test_the_learned_routing_beats_every_fixed_choice(ran: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from recipe_pages import ROOT, command, margin, run_command
+from recipe_pages import ROOT, check_gain, check_what_trains, command, run_command
 from retrain import load_config
 from retrain.recipes.search.hotpot import passages as hotpot_passages
 from retrain.recipes.search.world import (
@@ -24,7 +24,6 @@ from retrain.recipes.search.world import (
 )
 from retrain.tools.retrieval import RetrievalTool
 from retrain.tracking.rollouts import read_rollouts
-from retrain.types import Source
 
 RECIPE = ROOT / "src" / "retrain" / "recipes" / "search"
 CORPUS = "retrain.recipes.search.world:passages"
@@ -134,19 +133,14 @@ def test_the_control_is_random_in_rl_only() -> None:
 def test_the_recipe_gains_more_than_its_control(tmp_path: Path) -> None:
     recipe = run_command("search", "recipe", tmp_path)
     control = run_command("search", "control", tmp_path)
-    assert control.evaluations["before", "T=1"] == recipe.evaluations["before", "T=1"]
-    assert recipe.gain - control.gain >= margin("search")
+    check_gain("search", recipe, control)
     rewards = recipe.curve("reward/mean")
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.3
     assert recipe.evaluations["after", "T=1 without tool"].success <= 0.05
     for stage in ("unseen_tool", "unseen_words"):
         assert recipe.evaluations[stage, "T=1"].n == 400
     file = max((recipe.path / "rollouts").glob("rl-*.jsonl.gz"))
-    for rollout in islice(read_rollouts(file), 40):
-        for segment in rollout.segments:
-            inside = {i for span in segment.turns for i in range(span.start, span.end)}
-            assert inside == {i for i, s in enumerate(segment.source) if s == Source.SAMPLED}
-            assert len(inside) < len(segment.source), "prompt and information do not train"
+    check_what_trains(islice(read_rollouts(file), 40))
 
 
 def test_passages_are_one_sentence_each() -> None:

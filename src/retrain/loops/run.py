@@ -111,6 +111,10 @@ async def run(
         training = [name for name, kind, _ in stages if kind != "eval"]
         info = _info(checked, directory, going_on, training)
         await _execute(checked, context, prepared, directory, news, info=info, training=training)
+    return _result(directory, context)
+
+
+def _result(directory: RunDirectory, context: RunContext) -> RunResult:
     return RunResult(
         path=directory.path,
         status="completed",
