@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from engine_servers.knobs import Knobs
 from engine_servers.weights import (
     Adapter,
@@ -201,6 +203,21 @@ class Backend:
     async def score(self, token_ids: list[int], weights: Weights) -> array[float]:
         """Log-probability of each token at temperature 1 [T]; 0.0 for the first."""
         return await weights.engine.score(token_ids)
+
+    async def likeliest(
+        self, token_ids: list[int], weights: Weights, k: int
+    ) -> list[list[tuple[int, float]]]:
+        """The `k` likeliest tokens at each place but the first, with their log-probabilities at
+        temperature 1."""
+
+        def run() -> list[list[tuple[int, float]]]:
+            with torch.no_grad():
+                logits = weights.model(torch.tensor([token_ids])).logits[0, :-1]
+            values, ids = logits.float().log_softmax(-1).topk(k)
+            rows = zip(ids.tolist(), values.tolist(), strict=True)
+            return [list(zip(*row, strict=True)) for row in rows]
+
+        return await asyncio.to_thread(run)
 
     def abort(self, *, id: str | None = None) -> int:
         """End one job, or all, with what they have; how many that were."""

@@ -148,6 +148,8 @@ class SGLang(Dialect):
             meta["input_token_logprobs"] = await self._input_logprobs(
                 job, body.get("logprob_start_len", -1)
             )
+            if body.get("top_logprobs_num"):
+                meta["input_top_logprobs"] = await self._input_top(job, body)
         text = said(
             self.backend, job, bool((body.get("sampling_params") or {}).get("no_stop_trim"))
         )
@@ -162,6 +164,15 @@ class SGLang(Dialect):
         scores = await self.backend.score(job.prompt, job.weights)
         rows = zip(scores[start:], job.prompt[start:], strict=True)
         return [[None if i == 0 else s, token, None] for i, (s, token) in enumerate(rows)]
+
+    async def _input_top(self, job: Job, body: dict[str, Any]) -> list[Any]:
+        """As `_input_logprobs`: the likeliest at each place from the start on."""
+        assert job.weights is not None
+        start = body.get("logprob_start_len", -1)
+        if start < 0 or start >= len(job.prompt) - 1:
+            return [None]
+        rows = await self.backend.likeliest(job.prompt, job.weights, body["top_logprobs_num"])
+        return [None] + [[[logprob, token, None] for token, logprob in row] for row in rows[start:]]
 
     async def _abort_request(self, call: Call) -> Answer:
         self.backend.abort(id=None if call.body.get("abort_all") else call.body.get("rid", ""))

@@ -14,6 +14,9 @@ from engine_servers.wire import Answer, Call, Dialect, Routes
 
 VERSION = "0.32.0"
 
+MAX_LOGPROBS = 20
+"""What `--max-logprobs` is by default."""
+
 
 class Refused(Exception):
     """An error answer."""
@@ -147,6 +150,12 @@ class VLLM(Dialect):
             raise Refused(400, message, param="input_tokens")
         if len(prompt) == limit:
             raise Refused(400, "max_tokens must be at least 1, got 0.", param="max_tokens")
+        if (asked := body.get("prompt_logprobs") or 0) > MAX_LOGPROBS:
+            message = (
+                f"Requested prompt logprobs of {asked}, which is greater than max allowed: "
+                f"{MAX_LOGPROBS}"
+            )
+            raise Refused(400, message, param="prompt_logprobs")
         if not -(2**63) <= (body.get("seed") or 0) < 2**63:
             raise Refused(400, "1 validation error: seed is no int64", "Bad Request", "body.seed")
         return self._sampling(body, prompt, min(most, limit - len(prompt)), name)
@@ -190,7 +199,7 @@ class VLLM(Dialect):
             "routed_experts": None,
         }
         if body.get("prompt_logprobs") is not None:
-            choice["prompt_logprobs"] = await self._prompt_logprobs(job)
+            choice["prompt_logprobs"] = await self._prompt_logprobs(job, body["prompt_logprobs"])
         return {
             "id": f"cmpl-{job.id}",
             "object": "text_completion",
@@ -222,20 +231,29 @@ class VLLM(Dialect):
             "top_logprobs": top,
         }
 
-    async def _prompt_logprobs(self, job: Job) -> list[Any]:
-        """Of the distribution before temperature, whatever the mode; None for the first."""
+    async def _prompt_logprobs(self, job: Job, k: int) -> list[Any]:
+        """The `k` likeliest and the prompt's own, of the distribution before temperature, whatever
+        the mode; None for the first. The own one has rank k + 1 where it is not among them."""
         assert job.weights is not None
         scores = await self.backend.score(job.prompt, job.weights)
-        return [None] + [
-            {
-                str(token): {
-                    "logprob": logprob,
-                    "rank": 1,
-                    "decoded_token": self.backend.text([token], skip_special_tokens=False),
+        rows: list[list[tuple[int, float]]] = [[] for _ in job.prompt[1:]]
+        if k:
+            rows = await self.backend.likeliest(job.prompt, job.weights, k)
+        found: list[Any] = [None]
+        for token, logprob, row in zip(job.prompt[1:], scores[1:], rows, strict=True):
+            ranks = {likely: rank for rank, (likely, _) in enumerate(row, 1)}
+            entries = {token: logprob} | dict(row)
+            found.append(
+                {
+                    str(entry): {
+                        "logprob": value,
+                        "rank": ranks.get(entry, k + 1),
+                        "decoded_token": self.backend.text([entry], skip_special_tokens=False),
+                    }
+                    for entry, value in entries.items()
                 }
-            }
-            for token, logprob in zip(job.prompt[1:], scores[1:], strict=True)
-        ]
+            )
+        return found
 
     async def _pause(self, call: Call) -> Answer:
         mode = call.query.get("mode", "abort")

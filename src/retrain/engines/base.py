@@ -30,6 +30,14 @@ class SamplingParams:
 
 
 @dataclass(frozen=True)
+class Bounds:
+    """What one turn is asked for besides the run's own settings; it can only end earlier."""
+
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+
+
+@dataclass(frozen=True)
 class GenerateRequest:
     """One continuation to sample.
 

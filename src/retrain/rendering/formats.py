@@ -24,6 +24,8 @@ class ToolFormat(Protocol):
     """Strings that end a generation."""
     markers: tuple[str, ...]
     """What a tool's output must not be able to forge."""
+    opening: str
+    """What a call begins with; empty where a call is a whole message."""
 
     def parse(self, text: str, tools: Sequence[ToolSchema]) -> tuple[ToolCall, ...]:
         """The calls in one MODEL message; a broken one carries `error`."""
@@ -53,6 +55,7 @@ class TagFormat:
 
     def __init__(self, tags: TagConfig | None = None, *, answer_end: str | None = None) -> None:
         self.tags = tags or TagConfig()
+        self.opening = self.tags.tool_start
         self.stop: tuple[str, ...] = (self.tags.tool_end,)
         if answer_end is not None:
             self.stop += (answer_end,)
@@ -108,6 +111,7 @@ class FencedFormat:
         self.output = output
         self._open = re.compile(rf"```{re.escape(language)}[ \t]*\n")
         self._close = re.compile(r"^[ \t]*```[ \t]*$", re.MULTILINE)
+        self.opening = f"```{language}"
         self.stop: tuple[str, ...] = ("\n```\n",)
         self.markers: tuple[str, ...] = ("```",)
 
@@ -160,6 +164,7 @@ class NativeFormat:
                 "Use environment.tool_format.type: tags or fenced.",
             )
         self._start, self._end, self._arguments_key = _probe_call(template)
+        self.opening = self._start.strip()
         prompt = template.text([Message("x", MessageType.MESSAGE)], (), generation=True)
         self._prompt_opens_reasoning = prompt.rstrip().endswith("<think>")
         self.markers = tuple(m for m in (self._start.strip(), self._end.strip()) if m)

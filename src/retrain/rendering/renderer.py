@@ -79,6 +79,12 @@ class Renderer:
         """Strings that end a generation."""
         return self.tool_format.stop if self.tool_format else ()
 
+    @property
+    def end_token(self) -> list[int]:
+        """The token by which the template ends the policy's turn; empty where it is none."""
+        first = self.codec.encode_after(self._turn_end)[:1]
+        return list(first) if first and first[0] in self.codec.stop_token_ids else []
+
     def prompt(self, rollout: Rollout, tools: Sequence[ToolSchema] = ()) -> Prompt:
         """The policy's next prompt: all that the ledger does not hold yet, and what the template
         puts before the policy's next words.
@@ -102,7 +108,7 @@ class Renderer:
             prompt = self._prompt(messages[:index], rollout, tools, generation=True)
             target = list(self.codec.encode_after(self._target(messages, index, tools)))
             if self._block(messages, index)[1] == index + 1:
-                target += self._end_token()
+                target += self.end_token
             start = len(prompt.token_ids)
             rollout.enter_prompt(
                 replace(
@@ -370,10 +376,6 @@ class Renderer:
             return None
         start, _ = self._block(messages, len(messages) - 1)
         return start if messages[start].type is MessageType.MODEL else None
-
-    def _end_token(self) -> list[int]:
-        first = self.codec.encode_after(self._turn_end)[:1]
-        return list(first) if first and first[0] in self.codec.stop_token_ids else []
 
     def _probe_turn_end(self) -> str:
         """What the template writes after an assistant's words."""

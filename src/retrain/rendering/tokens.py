@@ -13,7 +13,7 @@ _CACHED_CHARS = 16_384
 """Longer texts are encoded anew each time, so that the cache stays small."""
 
 _CACHED_TOKENS = 256
-"""Longer sequences are decoded anew each time."""
+"""Of longer sequences only the latest few are remembered: the openings of conversations."""
 
 
 class Codec:
@@ -34,6 +34,7 @@ class Codec:
         self._backend = getattr(tokenizer, "backend_tokenizer", None)
         self._cached = functools.lru_cache(maxsize=1024)(self._encode)
         self._decoded = functools.lru_cache(maxsize=8192)(self._decode)
+        self._decoded_long = functools.lru_cache(maxsize=32)(self._decode)
         special = {str(token) for token in tokenizer.all_special_tokens}
         added = [token for token in tokenizer.added_tokens_decoder.values()]
         special |= {str(token.content) for token in added if token.special}
@@ -80,7 +81,8 @@ class Codec:
         if not token_ids:
             return ""
         ids = array("i", token_ids).tobytes()
-        return self._decoded(ids) if len(token_ids) <= _CACHED_TOKENS else self._decode(ids)
+        short = len(token_ids) <= _CACHED_TOKENS
+        return self._decoded(ids) if short else self._decoded_long(ids)
 
     def _decode(self, packed: bytes) -> str:
         ids = array("i", packed).tolist()

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from retrain.engines.base import Completion, Engine, GenerateRequest, SamplingParams
+from retrain.engines.base import Bounds, Completion, Engine, GenerateRequest, SamplingParams
 from retrain.rendering import Renderer, ToolSchema, prompt_token_ids
 from retrain.types import InfrastructureError, Message, Rollout, Task, Turn, UserError
 
@@ -116,13 +116,43 @@ class EngineAgent:
             UserError: the task's own prompt leaves no room in the context.
             InfrastructureError: the engine failed, or took too long.
         """
+        return await self._act(rollout, tools, self.params, alone=self.episode is None)
+
+    async def act_within(
+        self, rollout: Rollout, tools: Sequence[ToolSchema], bounds: Bounds
+    ) -> Message:
+        """`act`, where something else than the task decides what is in the prompt: one that leaves
+        no room is answered with no token and `finish_reason` "context".
+
+        Raises:
+            InfrastructureError: as `act`.
+        """
+        most = self.params.max_new_tokens
+        params = replace(
+            self.params,
+            stop=tuple(dict.fromkeys((*self.params.stop, *bounds.stop))),
+            max_new_tokens=min(most, bounds.max_new_tokens or most),
+        )
+        return await self._act(rollout, tools, params, alone=False)
+
+    async def _act(
+        self,
+        rollout: Rollout,
+        tools: Sequence[ToolSchema],
+        params: SamplingParams,
+        *,
+        alone: bool,
+    ) -> Message:
+        """
+        Args:
+            alone: nobody but the task has had a say in the first prompt.
+        """
         if self.over:
             raise InfrastructureError("this attempt at the rollout has ended")
         prompt = self.renderer.prompt(rollout, tools)
         prompt_ids = prompt_token_ids(rollout, prompt)
         turn = len(rollout.model_messages)
         task_id = rollout.task.id if rollout.task else ""
-        alone = self.episode is None  # what others said to it is no mistake of the user's
         if alone and turn == 0 and len(prompt_ids) >= self.engine.context_limit:
             raise UserError(
                 f"task {task_id}: the prompt has {len(prompt_ids)} tokens; "
@@ -132,7 +162,7 @@ class EngineAgent:
         completion = await self._sample(
             GenerateRequest(
                 prompt_ids,
-                self.params,
+                params,
                 seed=request_seed(self.run_seed, self.epoch, self._of(task_id), self.sample, turn),
                 session=rollout.id,
                 group=self.group_id,

@@ -99,7 +99,7 @@ class ChatEndpoint:
         where: str = "the endpoint",
     ) -> None:
         self._where = where
-        self._endpoint = _address(url, where)
+        self._endpoint = address(url, where)
         self._model = model
         if api_key is not None and not _KEY.fullmatch(api_key):
             raise UserError(
@@ -332,7 +332,7 @@ class _Line:
     probing: asyncio.Lock
 
 
-def _address(url: str, where: str) -> str:
+def address(url: str, where: str) -> str:
     """Where chats are posted.
 
     Raises:

@@ -38,16 +38,19 @@ class Server:
 
     Args:
         url: without a path, such as `http://127.0.0.1:8000`.
+        api_key: sent as a bearer token.
+        where: what errors call it: the place in the config that it comes from.
 
     Raises:
         UserError: that is no http address.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, api_key: str | None = None, where: str = "engine.urls") -> None:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise UserError(f"engine.urls: {url!r} is not a web address", "Write http://host:port.")
+            raise UserError(f"{where}: {url!r} is not a web address", "Write http://host:port.")
         self.url = url.rstrip("/").removesuffix("/v1")
+        self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._client: httpx2.AsyncClient | None = None
 
     async def get(self, path: str, timeout_s: float) -> Any:
@@ -74,6 +77,7 @@ class Server:
         if self._client is None:
             self._client = httpx2.AsyncClient(
                 base_url=self.url,
+                headers=self._headers,
                 timeout=httpx2.Timeout(None, connect=CONNECT_S),
                 limits=httpx2.Limits(max_connections=None, max_keepalive_connections=0),
                 trust_env=False,

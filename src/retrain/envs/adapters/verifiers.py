@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from retrain.envs.adapters.chat import ChatRecorder
-from retrain.envs.adapters.endpoint import SECRET_HEADER, Endpoint, Seat
 from retrain.envs.base import Agent, Environment
+from retrain.gateway.ask import RequestRefused
+from retrain.gateway.recorder import Policy, Recorder
+from retrain.gateway.server import GatewayServer
+from retrain.gateway.session import Session
 from retrain.importing import import_object
 from retrain.rendering import Renderer
 from retrain.rewards.failures import describe_rollout
@@ -38,7 +41,7 @@ class VerifiersEnvironment(Environment):
 
     The environment runs as it is: its harness, tools, stops and scoring are its own. Its harness
     finds the policy at a local chat endpoint; each answer is the policy's turn, token for token
-    (see `ChatRecorder`). The sampling settings are the run's, whatever the harness asks for. A
+    (see `Recorder`). The sampling settings are the run's, whatever the harness asks for. A
     trace's reward goes to its last turn; `verifiers/<name>` among the rollout's metrics are its
     rewards before their weights, and its metrics. Where an episode has several traces of the
     policy, each is a branch of the one rollout; those of agents that do not train are left out.
@@ -78,7 +81,8 @@ class VerifiersEnvironment(Environment):
         with self._blamed("run", lambda: describe_rollout(rollout)):
             own = _own_task(self.env, task)
             await self._service.start()
-            episode = _Episode(task, agent, self.renderer, self._service.endpoint)
+            assert isinstance(agent, Policy)
+            episode = _Episode(task, agent, self.renderer, self._service.traces)
             played = await episode.play(self.env, own, self._service.context)
             _check(played, episode)
             episode.enter(played, rollout)
@@ -88,6 +92,25 @@ class VerifiersEnvironment(Environment):
         await self._service.close()
 
 
+class _Traces:
+    """A `SessionBook`: each trace under way by its id, all with one key."""
+
+    def __init__(self) -> None:
+        self.key = f"rk-{secrets.token_urlsafe(24)}"
+        self.sessions: dict[str, Recorder] = {}
+
+    def find(self, *, name: str | None, key: str | None) -> Session:
+        """
+        Raises:
+            RequestRefused: the key is wrong, or there is no such trace.
+        """
+        if not secrets.compare_digest((key or "").encode(), self.key.encode()):
+            raise RequestRefused("unknown caller", status=401)
+        if name not in self.sessions:
+            raise RequestRefused("there is no such rollout, or it is over", status=404)
+        return self.sessions[name]
+
+
 class _Service:
     """What all rollouts share: the environment's servers, and the endpoint of the policy."""
 
@@ -95,7 +118,8 @@ class _Service:
         from verifiers.v1.clients.client import SESSION_ID_HEADER
 
         self._env = env
-        self.endpoint = Endpoint(SESSION_ID_HEADER)
+        self.traces = _Traces()
+        self.server = GatewayServer(self.traces, session_header=SESSION_ID_HEADER)
         self.context: Any = None
         self._serving: asyncio.Task[None] | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -130,12 +154,12 @@ class _Service:
 
         assert self._ready is not None
         try:
-            await self.endpoint.start()
+            await self.server.start()
             async with self._env.serving():
                 client = EvalClientConfig(
-                    base_url=self.endpoint.url,
+                    base_url=f"{self.server.url}/v1",
                     api_key_var="RETRAIN_POLICY_KEY",
-                    headers={SECRET_HEADER: self.endpoint.secret},
+                    headers={"x-api-key": self.traces.key},
                 )
                 self.context = ModelContext(model="policy", client=client)
                 self._ready.set_result(None)
@@ -145,20 +169,20 @@ class _Service:
                 raise
             self._ready.set_exception(_fault(type(error).__name__, str(error)))
         finally:
-            await self.endpoint.close()
+            await self.server.close()
 
 
 class _Episode:
-    """One episode's traces, each with a seat at the endpoint."""
+    """One episode's traces, each a session of the gateway."""
 
-    def __init__(self, task: Task, agent: Agent, renderer: Renderer, endpoint: Endpoint) -> None:
+    def __init__(self, task: Task, agent: Policy, renderer: Renderer, traces: _Traces) -> None:
         self._task = task
         self._agent = agent
         self._renderer = renderer
-        self._endpoint = endpoint
+        self._traces = traces
         self._lock = asyncio.Lock()
-        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.seats: dict[str, Seat] = {}
+        self._stirred = asyncio.Event()
+        self.recorders: dict[str, Recorder] = {}
 
     async def play(self, env: Any, task: Any, context: Any) -> Any:
         """The episode, once it is over.
@@ -167,31 +191,36 @@ class _Episode:
             UserError, InfrastructureError: as soon as the policy could not answer.
         """
         work = asyncio.ensure_future(env.run_episode(task, context, on_trace=self._sit))
+        stirred = asyncio.ensure_future(self._stirred.wait())
         try:
-            await asyncio.wait({work, self._failed}, return_when=asyncio.FIRST_COMPLETED)
-            if self._failed.done():
-                self._failed.result()
-            return work.result()
+            await asyncio.wait({work, stirred}, return_when=asyncio.FIRST_COMPLETED)
+            for recorder in self.recorders.values():
+                if recorder.failed is not None:
+                    raise recorder.failed
+            return await work
         finally:
+            stirred.cancel()
             if not work.done():
                 work.cancel()
                 with suppress(BaseException):
                     await asyncio.gather(work, return_exceptions=True)
-            for name in self.seats:
-                self._endpoint.seats.pop(name, None)
-            if not self._failed.done():
-                self._failed.cancel()
+            for name in self.recorders:
+                self._traces.sessions.pop(name, None)
 
     def _sit(self, trace: Any) -> None:
-        recorder = ChatRecorder(
-            self._agent, self._task, self._renderer, self._lock, len(self.seats)
+        self.recorders[trace.id] = self._traces.sessions[trace.id] = Recorder(
+            self._agent,
+            self._task,
+            self._renderer,
+            describe_tools=False,
+            lock=self._lock,
+            number=len(self.recorders),
+            stirred=self._stirred,
         )
-        self.seats[trace.id] = Seat(recorder, self._failed)
-        self._endpoint.seats[trace.id] = self.seats[trace.id]
 
     def full(self, trace: Any) -> bool:
         """Whether the context limit cut the trace short."""
-        last = self.seats[trace.id].last
+        last = self.recorders[trace.id].last
         return last is not None and last.finish_reason == "context"
 
     def enter(self, played: Any, rollout: Rollout) -> None:
@@ -199,7 +228,7 @@ class _Episode:
         Raises:
             UserError: the policy said nothing that could be rewarded.
         """
-        entered = [t for t in played.traces if t.agent.trainable and self.seats[t.id].last]
+        entered = [t for t in played.traces if t.agent.trainable and self.recorders[t.id].last]
         if not entered:
             raise UserError(
                 f"the environment's harness did not ask the policy for anything in task "
@@ -208,7 +237,7 @@ class _Episode:
             )
         for trace in entered:
             before = len(rollout.model_messages)
-            self.seats[trace.id].recorder.enter(rollout)
+            self.recorders[trace.id].enter(rollout)
             turns = len(rollout.model_messages) - before
             rollout.env_rewards += [0.0] * (turns - 1) + [float(trace.reward)]
             place = "" if len(entered) == 1 else f"{trace.agent.name}/"
@@ -216,7 +245,7 @@ class _Episode:
             for name, value in figures.items():
                 if value is not None:
                     rollout.metrics[f"verifiers/{place}{name}"] = float(value)
-        last = self.seats[entered[-1].id].last
+        last = self.recorders[entered[-1].id].last
         assert last is not None
         rollout.stop_reason = (
             "length" if last.finish_reason == "length"

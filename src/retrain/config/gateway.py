@@ -1,0 +1,86 @@
+"""`gateway`: what `retrain gateway` serves, to whom, and what it writes down."""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+
+from pydantic import Field, field_validator, model_validator
+
+from retrain.config.base import Section
+
+
+def _variable(name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(  # without the value, which may be a key
+            "not the name of an environment variable; name the one that holds the key"
+        )
+    return name
+
+
+class UpstreamConfig(Section):
+    """A model behind an OpenAI-compatible endpoint."""
+
+    url: str
+    """The API's base, such as `https://api.openai.com/v1`."""
+    model: str | None = None
+    """Asked for instead of what requests name."""
+    api_key_env: str | None = None
+    """The environment variable that holds the endpoint's key; callers never see it."""
+    timeout_s: float = Field(600.0, gt=0)
+    """Of one attempt at an answer."""
+    retries: int = Field(2, ge=0)
+    """Further attempts where the endpoint fails or is busy."""
+    max_concurrency: int = Field(64, ge=1)
+    """Most requests at once; further ones wait for their turn."""
+
+    _names_a_variable = field_validator("api_key_env")(_variable)
+
+
+class GatewayConfig(Section):
+    """An OpenAI- and Anthropic-compatible server that keeps what is said."""
+
+    upstream: UpstreamConfig | None = None
+    """Who answers: this endpoint, kept as text; without it the model of the section `model`, kept
+    token for token."""
+    host: str = "127.0.0.1"
+    """To listen on; others than this machine's own need `keys_env`."""
+    port: int = Field(8765, ge=0, le=65535)
+    """To listen on; 0 takes a free one, which is printed."""
+    keys_env: str | None = None
+    """The environment variable with the API keys that callers may use, separated by commas; null
+    takes any key, which then only tells sessions apart."""
+    records: str = "records.jsonl"
+    """The file that conversations are appended to, for `retrain distill --from`."""
+    rollouts: str | None = None
+    """A file (gzip, `.jsonl.gz`) for the policy's rollouts, one a session, with token ids and
+    log-probabilities; null writes none."""
+    idle_s: float = Field(600.0, gt=0)
+    """Of silence, after which a session is over."""
+    max_body_mb: float = Field(64.0, gt=0)
+    """Of one request."""
+
+    _names_a_variable = field_validator("keys_env")(_variable)
+
+    @model_validator(mode="after")
+    def _keys_beyond_this_machine(self) -> GatewayConfig:
+        if self.keys_env is None and not _is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host} can be reached by others, so callers need keys: set keys_env"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rollouts_have_tokens(self) -> GatewayConfig:
+        if self.rollouts is not None and self.upstream is not None:
+            raise ValueError(
+                "rollouts does nothing with upstream, whose answers have no tokens; remove it"
+            )
+        return self
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

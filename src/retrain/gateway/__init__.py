@@ -1,0 +1,1 @@
+"""Serves the APIs that agents speak, and keeps what was said, token for token."""

@@ -1,0 +1,250 @@
+"""`retrain gateway`: agents that are run by somebody else, answered and written down."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import os
+import secrets
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from retrain.config.gateway import GatewayConfig
+from retrain.config.root import TrainingConfig
+from retrain.engines import SamplingParams
+from retrain.engines.base import Bounds, Engine
+from retrain.engines.openai import read_key
+from retrain.gateway.recorder import Recorder
+from retrain.gateway.records import RecordedSession, Records
+from retrain.gateway.server import GatewayServer
+from retrain.gateway.session import Session
+from retrain.gateway.sessions import Sessions
+from retrain.gateway.upstream import TextSession, Upstream
+from retrain.gateway.variables import variables
+from retrain.loops.engines import build_engine
+from retrain.loops.interrupt import Interrupted, Stop
+from retrain.loops.world import build_renderer, describes_tools
+from retrain.models import load_policy
+from retrain.rendering import ToolSchema
+from retrain.rollout.agent import EngineAgent
+from retrain.tracking.rollouts import encode_rollout
+from retrain.types import Message, Rollout, Task, UserError
+
+SWEEP_S = 1.0
+"""Between two looks for sessions that are over."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a gateway has served."""
+
+    exchanges: int
+    sessions: int
+    rollouts: int
+    exit_code: int
+    """Of the command, where there was one."""
+
+
+async def serve(
+    config: TrainingConfig,
+    *,
+    command: Sequence[str] = (),
+    say: Callable[[str], None] = lambda line: None,
+) -> Report:
+    """Serve until SIGINT or SIGTERM, or until `command` ends, which finds its model by the
+    environment variables of `variables`.
+
+    Raises:
+        UserError: a key, a file, a port or a model that cannot be had.
+    """
+    section = config.gateway
+    assert section is not None
+    keys = _keys(section)
+    count = _Count()
+    async with AsyncExitStack() as closing:
+        records = Records(Path(section.records))
+        closing.callback(records.close)
+        make, ended = await _answering(config, section, count, closing)
+
+        def open_session(name: str) -> Session:
+            count.sessions += 1
+            return RecordedSession(make(name), records, name)
+
+        sessions = Sessions(open_session, ended, keys=keys, idle_s=section.idle_s)
+        closing.callback(sessions.close)
+        server = GatewayServer(
+            sessions, host=section.host, port=section.port, max_body_mb=section.max_body_mb
+        )
+        await server.start()
+        closing.push_async_callback(server.close)
+        sweeping = asyncio.create_task(_sweep(sessions))
+        closing.callback(sweeping.cancel)
+        who = section.upstream.url if section.upstream else "the model of the config"
+        say(f"gateway: {server.url} answers with {who}; records go to {records.path}")
+        with Stop() as stop, suppress(Interrupted):
+            if command:
+                count.exit_code = await stop.watch(_command(command, server.url, keys))
+            else:
+                say(f"  OPENAI_BASE_URL={server.url}/v1  ANTHROPIC_BASE_URL={server.url}")
+                say("  Ctrl-C ends it.")
+                await stop.watch(_for_ever())
+    count.exchanges = records.exchanges
+    return Report(count.exchanges, count.sessions, count.rollouts, count.exit_code)
+
+
+@dataclass
+class _Count:
+    exchanges: int = 0
+    sessions: int = 0
+    rollouts: int = 0
+    exit_code: int = 0
+
+
+def _keys(section: GatewayConfig) -> list[str] | None:
+    """
+    Raises:
+        UserError: the variable is not set, or holds none.
+    """
+    if section.keys_env is None:
+        return None
+    given = read_key(section.keys_env, "gateway.keys_env") or ""
+    keys = [key.strip() for key in given.split(",") if key.strip()]
+    if not keys:
+        raise UserError(
+            f"gateway.keys_env: {section.keys_env} holds no key", "Set it to one, or to several."
+        )
+    return keys
+
+
+Make = Callable[[str], Session]
+Ended = Callable[[str, Session], None]
+
+
+async def _answering(
+    config: TrainingConfig, section: GatewayConfig, count: _Count, closing: AsyncExitStack
+) -> tuple[Make, Ended]:
+    """What opens a session, and what is told of its end."""
+    if section.upstream is not None:
+        asked = section.upstream
+        upstream = Upstream(
+            asked.url,
+            model=asked.model,
+            api_key=read_key(asked.api_key_env, "gateway.upstream.api_key_env"),
+            timeout_s=asked.timeout_s,
+            retries=asked.retries,
+            max_concurrency=asked.max_concurrency,
+        )
+        closing.push_async_callback(upstream.close)
+        return (lambda name: TextSession(upstream)), (lambda name, session: None)
+    policy = load_policy(config.model, seed=config.seed)
+    engine = build_engine(config, policy)
+    closing.push_async_callback(engine.close)
+    directory = Path(closing.enter_context(TemporaryDirectory()))
+    await engine.prepare()
+    await engine.start(directory)
+    if engine.version != 0:
+        await engine.update_weights(0)
+    renderer = build_renderer(config, policy)
+    rollouts = None
+    if section.rollouts is not None:
+        path = Path(section.rollouts)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rollouts = closing.enter_context(path.open("ab", buffering=0))
+    settings = config.algorithm.hyperparameters
+    params = SamplingParams(settings.max_new_tokens, settings.temperature)
+
+    def make(name: str) -> Session:
+        agent = EngineAgent(
+            engine=engine,
+            renderer=renderer,
+            params=params,
+            run_seed=config.seed,
+            epoch=0,
+            sample=0,
+            rollout_id=name,
+        )
+        told = {"temperature": settings.temperature, "top_p": 1.0}
+        return Recorder(
+            _Visitor(agent, engine),
+            Task(name, ()),
+            renderer,
+            settings=told,
+            describe_tools=describes_tools(config),
+        )
+
+    def ended(name: str, session: Session) -> None:
+        assert isinstance(session, RecordedSession) and isinstance(session.inner, Recorder)
+        if rollouts is None or session.inner.turns == 0:
+            return
+        line = encode_rollout(_rollout(name, session.inner)).encode("ascii")
+        rollouts.write(gzip.compress(line, compresslevel=1, mtime=0))
+        count.rollouts += 1
+
+    return make, ended
+
+
+def _rollout(name: str, recorder: Recorder) -> Rollout:
+    """A session as a rollout; the reward is what its caller said, at the last turn."""
+    task = Task(name, (), metadata=dict(recorder.metadata))
+    rollout = Rollout(id=name, task=task, stop_reason="environment")
+    recorder.enter(rollout)
+    turns = len(rollout.model_messages)
+    rollout.reward = recorder.reward or 0.0
+    rollout.env_rewards = [0.0] * (turns - 1) + [rollout.reward] * (turns > 0)
+    rollout.step_rewards = list(rollout.env_rewards)
+    return rollout
+
+
+@dataclass(frozen=True)
+class _Visitor:
+    """The policy of a session that leaves its place in the engine after every turn: any number of
+    them may be open, for as long as they like."""
+
+    agent: EngineAgent
+    engine: Engine
+
+    def start(self, task: Task) -> Rollout:
+        return self.agent.start(task)
+
+    async def act_within(
+        self, rollout: Rollout, tools: Sequence[ToolSchema], bounds: Bounds
+    ) -> Message:
+        try:
+            return await self.agent.act_within(rollout, tools, bounds)
+        finally:
+            await self.engine.end_session(rollout.id)
+
+
+async def _sweep(sessions: Sessions) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        sessions.sweep()
+
+
+async def _for_ever() -> None:
+    await asyncio.Event().wait()
+
+
+async def _command(command: Sequence[str], url: str, keys: Collection[str] | None) -> int:
+    """Run a program that finds the gateway in its environment; its exit code.
+
+    Raises:
+        UserError: there is no such program.
+    """
+    key = next(iter(keys)) if keys else f"rk-{secrets.token_urlsafe(12)}"
+    given = variables(url, None, key)
+    try:
+        process = await asyncio.create_subprocess_exec(*command, env={**os.environ, **given})
+    except OSError as error:
+        raise UserError(
+            f"{command[0]} cannot be started: {error.strerror}", "Check the command."
+        ) from None
+    try:
+        return await process.wait()
+    finally:
+        if process.returncode is None:
+            process.terminate()
+            await process.wait()

@@ -1,0 +1,57 @@
+"""A gateway on this machine whose policy says what a test prescribes."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from retrain.engines import SamplingParams
+from retrain.gateway.recorder import Recorder
+from retrain.gateway.seats import Seats
+from retrain.gateway.server import GatewayServer
+from retrain.rendering import Renderer
+from retrain.rollout.agent import EngineAgent
+from retrain.types import Rollout, Task
+from scripted import ScriptedEngine, check_ledger
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an agent finds its model, and what became of it."""
+
+    url: str
+    """Of the session, without `/v1`."""
+    key: str
+    engine: ScriptedEngine
+    policy: EngineAgent
+    recorder: Recorder
+
+    @property
+    def openai(self) -> dict[str, str]:
+        return {"base_url": f"{self.url}/v1", "api_key": self.key}
+
+    def rollout(self) -> Rollout:
+        """All that was said, held against what the engine saw and sampled."""
+        assert self.recorder.failed is None
+        made = self.policy.start(Task("t", ()))
+        self.recorder.enter(made)
+        check_ledger(made, self.engine)
+        return made
+
+
+@asynccontextmanager
+async def scripted_gateway(
+    renderer: Renderer, turns: Sequence[str | Sequence[int]]
+) -> AsyncIterator[Place]:
+    engine = ScriptedEngine(renderer.codec, turns)
+    policy = EngineAgent(engine, renderer, SamplingParams(), 0, 0, 0, "r")
+    recorder = Recorder(policy, Task("t", ()), renderer)
+    seats = Seats()
+    server = GatewayServer(seats)
+    await server.start()
+    seat = seats.open(recorder)
+    try:
+        yield Place(f"{server.url}/sessions/{seat.name}", seat.key, engine, policy, recorder)
+    finally:
+        await server.close()
