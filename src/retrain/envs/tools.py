@@ -95,7 +95,7 @@ class ToolEnvironment(Environment):
             return task.prompt
         assert self.renderer.tool_format is not None
         about = self.renderer.tool_format.describe(self.tools_for(task))
-        return _with_system(task.prompt, about) if about else task.prompt
+        return with_system(task.prompt, about) if about else task.prompt
 
     async def reset(self, task: Task) -> Sequence[Message]:
         self._runner = ToolRunner(
@@ -144,7 +144,8 @@ def _add(rollout: Rollout, name: str, value: float) -> None:
     rollout.metrics[name] = rollout.metrics.get(name, 0.0) + value
 
 
-def _with_system(prompt: Sequence[Message], text: str) -> list[Message]:
+def with_system(prompt: Sequence[Message], text: str) -> list[Message]:
+    """A conversation whose system message goes on with a text, or begins with it."""
     if prompt and prompt[0].type is MessageType.SYSTEM:
         first = Message(f"{prompt[0].content}\n\n{text}", MessageType.SYSTEM)
         return [first, *prompt[1:]]
