@@ -58,14 +58,17 @@ class Case:
     common: int
     """How much of the prompt all groups share."""
     response: int
-    """Mean; lengths are spread by a fifth to both sides."""
+    """Mean."""
     groups: int
     size: int
     vocab: int = 1024
+    spread: float = 0.2
+    """Of the lengths of responses, to both sides, as a share of the mean."""
 
     @property
     def shape(self) -> str:
-        return f"{self.prompt}/{self.common}+{self.response} {self.groups}x{self.size}"
+        ragged = "" if self.spread == 0.2 else f"~{self.spread}"
+        return f"{self.prompt}/{self.common}+{self.response}{ragged} {self.groups}x{self.size}"
 
 
 @dataclass(frozen=True)
@@ -93,10 +96,12 @@ LENGTHS = [
     Case(64, 0, 512, groups=4, size=8),
 ]
 SIZES = [Case(512, 0, 128, groups=32 // size, size=size) for size in (4, 8, 16)]
+RAGGED = [Case(8, 0, response, groups=16, size=1, spread=0.9) for response in (64, 256, 512)]
 VOCABULARIES = [Case(64, 0, 35, groups=2, size=8, vocab=v) for v in (1024, 32_000, 151_936)]
 SECTIONS: list[tuple[str, list[Case], list[Mode]]] = [
     ("Prompt and response length", LENGTHS, ["unpacked", "packed"]),
     ("Group size", SIZES, ["unpacked", "packed"]),
+    ("Traces of unlike lengths, as in SFT", RAGGED, ["unpacked", "packed"]),
     ("Vocabulary", VOCABULARIES, ["unpacked", "packed", "naive"]),
 ]
 
@@ -131,7 +136,7 @@ def make_samples(case: Case) -> list[Sample]:
     for group in range(case.groups):
         prompt = common + words(case.prompt - case.common)
         for member in range(case.size):
-            count = round(case.response * rng.uniform(0.8, 1.2))
+            count = round(case.response * rng.uniform(1 - case.spread, 1 + case.spread))
             tool = range(2 * count // 5, 3 * count // 5)
             sample = Sample(
                 array("i", prompt + words(count)),

@@ -20,6 +20,9 @@ WANDB = "test_trackers.py::test_wandb_goes_on_with_one_run_over_its_own_axis"
 TRACKIO = "test_trackers.py::test_trackio_keeps_one_run_with_traces"
 MLFLOW = "test_trackers.py::test_mlflow_keeps_one_run"
 SFT = f"{RUN}::test_every_key_of_sft_acts"
+SFT_STAGES = "test_sft.py"
+SFT_COLUMNS = f"{SFT_STAGES}::test_the_columns_are_those_named"
+SFT_STREAM = f"{SFT_STAGES}::test_a_stream_in_order_trains_as_the_file_does"
 STEP = f"{RUN}::test_sizes_and_sampling_of_a_step"
 REWARD = f"{RUN}::test_every_key_of_a_reward_acts"
 SCRIPTED = f"{RUN}::test_a_scripted_user_and_the_ends_of_a_dialogue"
@@ -43,6 +46,8 @@ LIMITS = f"{BUILT}::test_the_limits_of_the_sandbox_are_those_given"
 WISHES = f"{BUILT}::test_what_only_some_sandboxes_can_do_is_asked_for"
 CALLS = f"{BUILT}::test_the_limits_of_calls_are_those_given"
 REACHES = "test_every_key_reaches_the_environment"
+OUTSIDE = "test_env_external"
+OUTSIDE_TASK = f"{OUTSIDE}.py::test_the_task_reaches_both_kinds_whole"
 FORMAT = f"{BUILT}::test_calls_are_read_and_answered_in_the_format_given"
 TOOLS = f"{BUILT}::test_tools_are_those_named_with_the_params_given"
 ROW = "test_data_sources.py::test_a_row_becomes_a_task"
@@ -56,9 +61,16 @@ DATASETS = "test_data_sources.py::test_saved_datasets_and_directories_of_data"
 GENERATED = "test_data_reasoning_gym.py::test_seed_size_and_params_act"
 KEPT = f"{RUN}::test_every_key_of_a_checkpoint_acts"
 BEST = "test_checkpoints.py::test_the_best_are_kept"
+DISTILLED = "test_distill_traces.py"
+SERVED = "test_gateway_run.py"
 EVALUATES = "test_loops.py::test_evaluation_during_and_after"
 MONITOR = "test_monitors.py::test_each_turns_on_its_own_trouble_only"
+GUIDED = "test_distill_on_policy_run.py"
+STORED = "test_distill_logits.py"
 OVERLONG = "test_presets.py::test_a_run_punishes_what_comes_near_its_own_limit"
+TEACHERS = "test_teachers_config.py"
+TEACHER_SERVER = f"{TEACHERS}::test_a_server_is_asked_with_the_key_and_the_name"
+TEACHER_PATIENCE = f"{TEACHERS}::test_patience_and_turns_of_a_server"
 
 EVERY_KEY: dict[str, dict[str, str]] = {
     "TrainingConfig": {
@@ -223,6 +235,18 @@ EVERY_KEY: dict[str, dict[str, str]] = {
     ),
     "VerifiersConfig": {
         **dict.fromkeys(("type", "env", "path", "params"), f"test_env_verifiers.py::{REACHES}"),
+    },
+    "ExternalConfig": {
+        "type": f"{OUTSIDE}_run.py::{REACHES}",
+        **dict.fromkeys(("command", "function", "pass_answer", "working_dir"), OUTSIDE_TASK),
+        "preload": f"{OUTSIDE}_processes.py::test_a_client_that_is_made_by_the_import",
+        "env": f"{OUTSIDE}.py::test_the_environment_of_a_program",
+        "timeout_s": f"{OUTSIDE}_failures.py::test_or_scored_as_it_stands",
+        "kill_after_s": f"{OUTSIDE}_run.py::{REACHES}",
+        "ends_on_reward": f"{OUTSIDE}_failures.py::test_its_reward_call_may_end_it",
+        "on_failure": f"{OUTSIDE}_failures.py::test_or_scored_as_it_stands",
+        "output_dir": f"{OUTSIDE}.py::test_what_programs_print_is_kept",
+        "describe_tools": f"{OUTSIDE}.py::test_tools_need_a_format_and_are_called_in_it",
     },
     "QAConfig": {"type": "test_loops_variants.py::test_gpt2_in_the_plain_format"},
     "DialogueConfig": {"type": SCRIPTED, "max_turns": SCRIPTED, "stop_phrase": SCRIPTED},
@@ -453,13 +477,54 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "tools": EVALUATES,
         "repeats": MODE,
     },
-    "SFTConfig": {
-        "dataset": SFT,
-        "params": SFT,
+    "Imitation": {
         "steps": SFT,
         "epochs": SFT,
         "batch_size": SFT,
         "shuffle": SFT,
+        "validation": f"{SFT_STAGES}::test_validation_loss_is_that_of_the_formula",
+        "holdout": f"{SFT_STAGES}::test_a_share_is_held_out_by_what_was_asked",
+        "validation_every_steps": (
+            f"{SFT_STAGES}::test_when_it_is_scored_and_that_it_changes_nothing"
+        ),
+    },
+    "TraceData": {
+        "dataset": SFT,
+        "params": SFT,
+        "messages_column": SFT_COLUMNS,
+        "prompt_column": SFT_COLUMNS,
+        "completion_column": SFT_COLUMNS,
+        "system_prompt": SFT_COLUMNS,
+        "streaming": SFT_STREAM,
+        "shuffle_buffer": SFT_STREAM,
+    },
+    "GatewayConfig": {
+        "upstream": f"{SERVED}::test_an_agent_is_recorded_in_front_of_an_endpoint",
+        "records": f"{SERVED}::test_an_agent_is_recorded_in_front_of_an_endpoint",
+        "rollouts": f"{SERVED}::test_the_model_of_the_config_keeps_its_tokens",
+        **dict.fromkeys(
+            ("host", "port", "keys_env", "idle_s", "max_body_mb"),
+            f"{SERVED}::test_it_serves_until_it_is_stopped",
+        ),
+    },
+    "UpstreamConfig": {
+        **dict.fromkeys(
+            ("url", "model", "api_key_env"),
+            f"{SERVED}::test_an_agent_is_recorded_in_front_of_an_endpoint",
+        ),
+        **dict.fromkeys(
+            ("timeout_s", "retries", "max_concurrency"),
+            "test_gateway_upstream.py::test_every_key_of_an_upstream_acts",
+        ),
+    },
+    "TracesDistillation": {
+        "type": f"{DISTILLED}::test_what_the_log_alone_decides",
+        "sources": f"{DISTILLED}::test_the_command_trains_on_what_the_model_said",
+        "format": f"{DISTILLED}::test_the_format_that_is_named_is_the_one_read",
+        "system_prompt": f"{DISTILLED}::test_what_does_not_fit_and_what_opens",
+        "min_reward": f"{DISTILLED}::test_what_the_log_alone_decides",
+        "threshold": f"{DISTILLED}::test_rewards_and_verifiers_reject",
+        "per_prompt": f"{DISTILLED}::test_the_best_of_each_prompt",
     },
     "MonitorsConfig": dict.fromkeys(
         (
@@ -484,4 +549,39 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         ),
         MONITOR,
     ),
+    "OnPolicyDistillation": {
+        "type": f"{GUIDED}::test_every_key_of_the_section_acts",
+        "teachers": f"{GUIDED}::test_every_key_of_the_section_acts",
+        "coefficient": f"{GUIDED}::test_every_key_of_the_section_acts",
+        "task_reward": f"{GUIDED}::test_every_key_of_the_section_acts",
+        "estimator": f"{GUIDED}::test_every_key_of_the_section_acts",
+        "top_k": f"{GUIDED}::test_every_key_of_the_section_acts",
+    },
+    "LogitsDistillation": {
+        "type": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
+        "teachers": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
+        "top_k": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
+        "temperature": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
+        "cross_entropy": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
+        "cache": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
+    },
+    "BaseTeacher": {
+        "name": f"{TEACHERS}::test_weights_and_tasks",
+        "weight": f"{TEACHERS}::test_weights_and_tasks",
+        "when": f"{TEACHERS}::test_weights_and_tasks",
+    },
+    "ModelTeacher": {
+        "type": f"{TEACHERS}::test_a_model_of_ones_own_is_loaded_and_frozen",
+        "batch_tokens": f"{TEACHERS}::test_batch_tokens_bound_a_forward_pass",
+    },
+    "ServerTeacher": {
+        "type": TEACHER_SERVER,
+        "url": TEACHER_SERVER,
+        "tokenizer": TEACHER_SERVER,
+        "api_key_env": TEACHER_SERVER,
+        "timeout_s": TEACHER_PATIENCE,
+        "retries": TEACHER_PATIENCE,
+        "max_concurrency": TEACHER_PATIENCE,
+    },
+    "VLLMTeacher": {"model": TEACHER_SERVER},
 }

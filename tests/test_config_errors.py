@@ -210,6 +210,6 @@ def test_assignment_is_checked_too() -> None:
     assert (config.seed, config.algorithm.hyperparameters.steps) == (4, 5)
     with pytest.raises(ValidationError, match="seed"):
         config.seed = -1
-    with pytest.raises(ValidationError, match="group_size"):
-        config.algorithm.hyperparameters.group_size = 1
+    with pytest.raises(ValidationError, match="mini_batches"):
+        config.algorithm.hyperparameters.mini_batches = 99
     assert isinstance(config, TrainingConfig)

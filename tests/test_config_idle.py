@@ -27,7 +27,7 @@ def algorithm(**changed: Any) -> dict[str, Any]:
     ("sections", "message"),
     [
         ({"evaluation": {**EVALUATION, "every_steps": 5}, "stages": [EVAL]},
-         "evaluation.every_steps does nothing: it evaluates during stages of kind rl"),
+         "evaluation.every_steps does nothing: it evaluates during stages that train"),
         ({"tracking": {"transcripts": 5}}, "tracking.transcripts 5 does nothing: no stage of kin"),
         ({"tracking": {"transcripts": 5}, "evaluation": EVALUATION, "stages": [RL]},
          "tracking.transcripts 5 does nothing"),
@@ -66,6 +66,13 @@ def test_what_no_stage_reads_is_refused(sections: dict[str, Any], message: str) 
     "sections",
     [
         {"evaluation": {**EVALUATION, "every_steps": 5}},
+        {
+            "evaluation": {**EVALUATION, "every_steps": 5},
+            "sft": sft_section(),
+            "stages": [SFT],
+            "tracking": {"rollouts_logged": 3, "trackers": ["wandb"]},
+            "checkpoint": {"every_steps": 5, "keep_best": {"metric": "eval/greedy/success"}},
+        },
         {"tracking": {"transcripts": 5}, "evaluation": EVALUATION},
         {"tracking": {"transcripts": 0}},
         {"tracking": {"transcripts": 5}, "stages": [RL, {**EVAL, "evaluation": EVALUATION}]},
@@ -90,8 +97,7 @@ def test_with_only_some_of_the_stages_nothing_is_held_against_the_file() -> None
 @pytest.mark.parametrize(
     ("kind", "section"),
     [
-        *(("sft", name) for name in ("algorithm", "prompt_source", "reward_setup", "rollout",
-                                     "monitors", "evaluation")),
+        *(("sft", name) for name in ("prompt_source", "monitors", "distillation")),
         *(("eval", name) for name in ("prompt_source", "checkpoint", "monitors", "sft")),
         ("rl", "sft"),
     ],
@@ -108,9 +114,9 @@ def test_a_stage_overlays_only_what_it_reads(kind: Any, section: str) -> None:
     [
         ({"sft": sft_section()}, "note: sft does nothing: no stage is of kind sft"),
         ({"evaluation": EVALUATION, "stages": [EVAL]},
-         "note: prompt_source does nothing: no stage is of kind rl"),
+         "note: prompt_source does nothing: no stage is of kind rl or distill"),
         ({"evaluation": EVALUATION, "sft": sft_section(), "stages": [SFT]},
-         "note: evaluation does nothing: no stage is of kind rl or eval"),
+         "note: evaluation does nothing: no stage is of kind rl or distill or eval"),
         ({"sandbox": {"timeout_s": 3}, "environment": {"type": "qa"}},
          "note: sandbox does nothing: neither a tool nor a reward runs code"),
         ({"checkpoint": {"every_steps": 2}},

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import sys
+import tracemalloc
+from itertools import islice
+from operator import length_hint
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from retrain.data.traces import load_traces
+from retrain.data import Cursor, Trace, TraceReader, TraceStream, load_traces
+from retrain.data.traces import prompt_key
 from retrain.types import Message, MessageType, ToolCall, UserError
 
 SAID = [{"role": "user", "content": "2+3?"}, {"role": "assistant", "content": "5"}]
@@ -122,3 +126,105 @@ def test_a_name_with_a_dot_is_a_hub_id(monkeypatch: pytest.MonkeyPatch) -> None:
         load_traces("org/traces-v1.5")
     with pytest.raises(UserError, match="no such file"):
         load_traces("org/traces.jsonl")
+
+
+# Streams
+
+
+def numbered(path: Path, n: int) -> Path:
+    return jsonl(path, *({"prompt": f"{i}?", "completion": str(i)} for i in range(n)))
+
+
+def asked(traces: Any) -> list[int]:
+    return [int(trace.messages[0].content.removesuffix("?")) for trace in traces]
+
+
+def test_a_stream_is_the_file_again_in_every_epoch(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "t.jsonl", 30)
+    plain = TraceStream(TraceReader(path), shuffle_buffer=None, seed=0)
+    assert list(plain.epoch(0)) == list(plain.epoch(1)) == load_traces(path)
+    assert length_hint(plain, -1) == -1
+    with pytest.raises(TypeError, match="no length"):
+        len(plain)
+    assert plain.preview() == load_traces(path, limit=16)
+    mixed = TraceStream(TraceReader(path), shuffle_buffer=10, seed=0)
+    first, second = asked(mixed.epoch(0)), asked(mixed.epoch(1))
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert first != second != list(range(30)) and first == asked(mixed.epoch(0))
+    assert max(i - place for place, i in enumerate(first)) <= 10, "no more than it holds"
+    assert asked(TraceStream(TraceReader(path), shuffle_buffer=10, seed=1).epoch(0)) != first
+
+
+def test_every_container_but_json_streams(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    rows = [{"messages": SAID}]
+    table = datasets.Dataset.from_list(rows)
+    table.to_parquet(tmp_path / "t.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    jsonl(tmp_path / "t.jsonl", *rows)
+    (tmp_path / "t.json").write_text(json.dumps(rows), encoding="utf-8")
+    for name in ("t.jsonl", "t.parquet", "saved"):
+        reader = TraceReader(tmp_path / name)
+        reader.check_streams()
+        assert [trace.messages for trace in reader.read()] == [MESSAGES]
+    TraceReader("pkg.module:name").check_streams()
+    with pytest.raises(UserError, match=r"t\.json is JSON, which can only be read as a whole"):
+        TraceReader(tmp_path / "t.json").check_streams()
+
+
+def test_a_position_in_a_stream_is_found_again(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "t.jsonl", 20)
+
+    def cursor() -> Cursor[Trace]:
+        stream = TraceStream(TraceReader(path), shuffle_buffer=5, seed=3)
+        return Cursor(stream, place="sft.dataset", noun="trace")
+
+    data = cursor()
+    list(islice(data, 27))
+    position = data.position()
+    assert (position["epoch"], position["taken"]) == (1, 7) and "size" not in position
+    again = cursor()
+    again.restore(position)
+    assert list(islice(again, 30)) == list(islice(data, 30))
+    numbered(path, 4)
+    with pytest.raises(UserError, match=r"sft\.dataset: the data is not what the run was trained"):
+        cursor().restore(position)
+
+
+def test_a_streams_bad_row_is_named_when_it_comes(tmp_path: Path) -> None:
+    path = numbered(tmp_path / "t.jsonl", 30)
+    with path.open("a") as file:
+        file.write('{"messages": []}\n')
+    stream = TraceStream(TraceReader(path), shuffle_buffer=None, seed=0)
+    traces = stream.epoch(0)
+    assert asked(islice(traces, 30)) == list(range(30))
+    with pytest.raises(UserError, match=r"t\.jsonl, line 31: no assistant message"):
+        next(traces)
+
+
+def test_a_stream_holds_no_more_than_its_buffer(tmp_path: Path) -> None:
+    def peak(n: int) -> int:
+        path = tmp_path / f"{n}.jsonl"
+        jsonl(path, *({"prompt": f"{i}?", "completion": "x" * 1000} for i in range(n)))
+        stream = TraceStream(TraceReader(path), shuffle_buffer=50, seed=0)
+        tracemalloc.start()
+        assert sum(1 for _ in stream.epoch(0)) == n
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(100)
+    assert peak(4000) < 1.3 * peak(400) < 1_000_000
+
+
+def test_traces_of_one_prompt_have_one_key(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path / "t.jsonl",
+        {"prompt": "2+3?", "completion": "5"},
+        {"prompt": "2+3?", "completion": "five"},
+        {"messages": [*SAID, {"role": "user", "content": "sure?"}, SAID[1]]},
+        {"prompt": "3+3?", "completion": "6"},
+        {"messages": [{"role": "assistant", "content": "Ask."}]},
+    )
+    keys = [prompt_key(trace) for trace in load_traces(path)]
+    assert keys[0] == keys[1] == keys[2] and len(set(keys)) == 3

@@ -30,11 +30,12 @@ PIECES = (
     "engines",
     "engines.base",
     "engines.openai",
+    "gateway",
+    "teachers",
     "envs",
     "rollout",
     "algorithms",
     "learner",
-    "gateway",
     "tracking",
 )
 """All that a loop is put together from."""
@@ -58,6 +59,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "rewards": ("types", "sandbox", "engines.openai"),
     "data": ("types", "config"),
     "gateway": ("types", "rendering", "engines"),
+    "teachers": ("types", "rendering", "engines", "models"),
     "envs": ("types", "rendering", "tools", "rewards", "sandbox", "gateway"),
     "rollout": ("envs", "rendering", "engines"),
     "learner": ("types", "config", "models", "algorithms"),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import retrain
 from retrain.learner import TorchLearner
-from retrain.loops.sft import SFTTrainer
+from retrain.loops.trainer import SFTTrainer
 from retrain.types import MessageType, Source, UserError
 from runs import (
     RecordingEngine,

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from retrain.envs.base import Environment
     from retrain.loops.interrupt import Interrupted
     from retrain.loops.run import run, run_sync
-    from retrain.loops.sft import SFTTrainer
+    from retrain.loops.trainer import SFTTrainer
     from retrain.native import GRPO, PPO, BoxedReward, ModelGenerate, QASolverEnv
     from retrain.rewards import RewardCalculator, reward, verifier
     from retrain.tools import tool
@@ -42,7 +42,7 @@ _HOMES = {
     "QASolverEnv": "retrain.native",
     "RewardCalculator": "retrain.rewards",
     "Rollout": "retrain.types",
-    "SFTTrainer": "retrain.loops.sft",
+    "SFTTrainer": "retrain.loops.trainer",
     "TagConfig": "retrain.types",
     "Task": "retrain.types",
     "ToolCall": "retrain.types",

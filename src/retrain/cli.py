@@ -24,7 +24,7 @@ from retrain.types import UserError
 if TYPE_CHECKING:
     from retrain.config.root import TrainingConfig
 
-Only = Literal["sft", "eval"]
+Only = Literal["sft", "distill", "eval"]
 
 USER_ERROR, FAILURE, INTERRUPTED = 2, 1, 130
 """Exit codes: a mistake in config, data or code of the user's; any other error; Ctrl-C. SIGTERM is
@@ -163,6 +163,33 @@ def sft(
         _run(config, _overrides(overrides, output_dir), only="sft", resume=resume)
 
 
+@app.command(cls=ResumingCommand)
+def distill(
+    config: ConfigFile,
+    *,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--from",
+            metavar="PATH",
+            help="Another agent's log to learn from, instead of distillation.sources; may be "
+            "repeated.",
+        ),
+    ] = None,
+    overrides: Set = None,
+    output_dir: OutputDir = None,
+    resume: Resume = None,
+    debug: Debug = False,
+) -> None:
+    """Learn from other agents: the distillation stages of a config, with its evaluations where it
+    lists no stages."""
+    given = _overrides(overrides, output_dir)
+    if source:
+        given = ["distillation.type=traces", f"distillation.sources={json.dumps(source)}", *given]
+    with _errors(debug):
+        _run(config, given, only="distill", resume=resume)
+
+
 @app.command("eval")
 def eval_command(
     config: ConfigFile,
@@ -173,6 +200,36 @@ def eval_command(
     """Run only the evaluation stages of a config."""
     with _errors(debug):
         _run(config, _overrides(overrides, output_dir), only="eval")
+
+
+@app.command()
+def gateway(
+    config: ConfigFile,
+    command: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- COMMAND...]",
+            help="A program that finds the gateway in its environment; the gateway ends with it.",
+        ),
+    ] = None,
+    *,
+    overrides: Set = None,
+    debug: Debug = False,
+) -> None:
+    """Serve the APIs of OpenAI and Anthropic to agents, and write down what is said."""
+    with _errors(debug):
+        loaded = _load(config, _overrides(overrides), runs=False)
+        if loaded.gateway is None:
+            raise UserError(f"{config} has no section gateway", "Add `gateway:`.")
+        from retrain.loops.gateway import serve
+
+        report = asyncio.run(serve(loaded, command=command or (), say=_say))
+        _say(
+            f"served {report.exchanges} answers in {report.sessions} sessions"
+            + (f"; {report.rollouts} rollouts" if report.rollouts else "")
+        )
+        if report.exit_code:
+            raise typer.Exit(report.exit_code)
 
 
 @app.command()
@@ -226,10 +283,12 @@ def _run(
         raise typer.Exit(interrupted.exit_code) from None
 
 
-def _load(path: Path, overrides: list[str], only: Only | None = None) -> TrainingConfig:
+def _load(
+    path: Path, overrides: list[str], only: Only | None = None, *, runs: bool = True
+) -> TrainingConfig:
     from retrain.config.load import load_config
 
-    config = load_config(path, overrides, only=only)
+    config = load_config(path, overrides, only=only, runs=runs)
     _set_up_logging(config.logging_level)
     return config
 

@@ -342,6 +342,17 @@ class Sample:
     """The critic's at the start of the update: of the state before each token."""
     returns: array[float] | None = None
     """What the critic learns."""
+    teacher_logprobs: array[float] | None = None
+    """A teacher's of the tokens themselves [T]; NaN where none speaks."""
+    teacher_top_ids: array[int] | None = None
+    """A teacher's likeliest tokens at each place, the likeliest first [T * teacher_top_k]; -1
+    fills up where it has none."""
+    teacher_top_logprobs: array[float] | None = None
+    """Of `teacher_top_ids`, in its whole distribution [T * teacher_top_k]; NaN where it has
+    none."""
+    teacher_top_k: int = 0
+    teacher_temperature: float = 1.0
+    """Of `teacher_top_logprobs`; the policy is compared at the same."""
     turns: array[int] | None = None
     """Which of the rollout's turns a token belongs to, -1 where it trains in none."""
     versions: array[int] | None = None

@@ -11,6 +11,11 @@ from retrain.algorithms.advantages import (
 )
 from retrain.algorithms.aggregation import Aggregation, token_weights
 from retrain.algorithms.corrections import CorrectionLevel, mis, tis
+from retrain.algorithms.distillation import (
+    sampled_reverse_kl,
+    top_forward_kl,
+    top_reverse_kl,
+)
 from retrain.algorithms.gae import gae
 from retrain.algorithms.kl import KLEstimator, kl
 from retrain.algorithms.losses import (
@@ -43,10 +48,13 @@ __all__ = [
     "reinforce_plus_plus",
     "reinforce_plus_plus_baseline",
     "rloo",
+    "sampled_reverse_kl",
     "sapo",
     "soft_overlong_punishment",
     "tis",
     "token_weights",
+    "top_forward_kl",
+    "top_reverse_kl",
     "turn_credit",
     "value_loss",
     "whiten",

@@ -64,8 +64,9 @@ class Optimization(Section):
     micro_batch_tokens: int = Field(16384, ge=1)
     """Most tokens of one forward pass; gradients accumulate over as many as it takes."""
     share_prefixes: bool = True
-    """Compute what sequences share from the start (a group's prompt, a system prompt) once; exact.
-    Off, or where the architecture does not allow it, sequences are padded and count as such."""
+    """Pack sequences: lay them end to end instead of padding them, and compute what they share from
+    the start (a group's prompt, a system prompt) once; exact. Off, or where the architecture does
+    not allow it, sequences are padded and count as such."""
 
     @model_validator(mode="after")
     def _schedule_ends(self) -> Self:
@@ -205,11 +206,6 @@ class Hyperparameters(Optimization):
     def _unfit_for_the_advantage(self) -> list[tuple[bool, str]]:
         by_token = self.advantage in TOKEN_ADVANTAGES
         return [
-            (
-                self.group_size == 1 and not by_token,
-                f"group_size 1 gives every rollout an advantage of zero under {self.advantage}; "
-                "use at least 2, better 8",
-            ),
             (
                 by_token and self.normalize_advantages == "group",
                 f"normalize_advantages: group has no meaning for {self.advantage}, which compares "

@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from retrain.config.adapters import GymnasiumConfig, OpenEnvConfig, VerifiersConfig
 from retrain.config.agents import AgentsConfig
 from retrain.config.base import Section
+from retrain.config.external import ExternalConfig
 from retrain.config.formats import TagsFormat, ToolConfig, ToolFormatConfig
 from retrain.config.users import EndpointUser, ModelUser, ScriptedUser
 
@@ -96,6 +97,7 @@ EnvironmentConfig = Annotated[
     | GymnasiumConfig
     | OpenEnvConfig
     | VerifiersConfig
+    | ExternalConfig
     | PythonEnvironmentConfig,
     Field(discriminator="type"),
 ]

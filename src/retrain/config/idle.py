@@ -12,7 +12,14 @@ from retrain.config.environment import (
     ToolEnvironmentConfig,
 )
 from retrain.config.monitors import MonitorsConfig
-from retrain.config.root import StageKind, TrainingConfig
+from retrain.config.root import (
+    StageKind,
+    TrainingConfig,
+    evaluates,
+    generates,
+    rewards_train,
+    rolls_out,
+)
 from retrain.config.tracking import TrackingConfig
 
 _OF_ROLLOUTS = ("rollouts_logged", "rollouts_logged_every")
@@ -26,11 +33,10 @@ def idle_keys(config: TrainingConfig, stages: Stages) -> Iterator[tuple[str, str
     Args:
         stages: the whole pipeline, resolved.
     """
-    kinds = {kind for _, kind, _ in stages}
-    during = [stage.evaluation for *_, stage in stages if stage.evaluation is not None]
-    if "rl" not in kinds and any(section.every_steps is not None for section in during):
+    kinds = {_acts_as(kind, stage) for _, kind, stage in stages}
+    if kinds == {"eval"} and any(evaluates(stage) for *_, stage in stages):
         yield (
-            "evaluation.every_steps does nothing: it evaluates during stages of kind rl, and "
+            "evaluation.every_steps does nothing: it evaluates during stages that train, and "
             "there is none",
             "Remove it; a stage of kind eval evaluates where it stands.",
         )
@@ -41,13 +47,14 @@ def idle_keys(config: TrainingConfig, stages: Stages) -> Iterator[tuple[str, str
             "Remove it, or add section evaluation (and a stage of kind eval where stages are "
             "listed).",
         )
-    yield from _idle_tracking(config.tracking, kinds)
+    acts = any(generates(kind, stage) for _, kind, stage in stages)
+    yield from _idle_tracking(config.tracking, kinds, acts=acts)
     yield from _unrated_checkpoints(stages)
     yield from _idle_monitors(stages)
     last_only = [
         stage
         for _, kind, stage in stages
-        if kind == "rl" and stage.algorithm.hyperparameters.train_turns == "last"
+        if rolls_out(kind, stage) and stage.algorithm.hyperparameters.train_turns == "last"
     ]
     if last_only and all(map(_has_one_turn, last_only)):
         yield (
@@ -57,12 +64,21 @@ def idle_keys(config: TrainingConfig, stages: Stages) -> Iterator[tuple[str, str
         )
 
 
-def _idle_tracking(section: TrackingConfig, kinds: set[StageKind]) -> Iterator[tuple[str, str]]:
-    """Of what trackers are sent."""
-    if kinds == {"sft"} and (idle := section.changed(*_OF_ROLLOUTS)):
+def _acts_as(kind: StageKind, config: TrainingConfig) -> StageKind:
+    """What a stage of distillation is like."""
+    if kind != "distill":
+        return kind
+    return "rl" if rolls_out(kind, config) else "sft"
+
+
+def _idle_tracking(
+    section: TrackingConfig, kinds: set[StageKind], *, acts: bool
+) -> Iterator[tuple[str, str]]:
+    """Of what trackers are sent; `acts`: some stage makes rollouts."""
+    if not acts and (idle := section.changed(*_OF_ROLLOUTS)):
         yield (
             f"tracking.{' and tracking.'.join(idle)}: no stage makes rollouts",
-            "Remove it, or add a stage of kind rl or eval.",
+            "Remove it, set evaluation.every_steps, or add a stage of kind rl or eval.",
         )
     elif "rl" not in kinds and section.changed("rollouts_logged_every"):
         yield (
@@ -78,10 +94,14 @@ def _idle_tracking(section: TrackingConfig, kinds: set[StageKind]) -> Iterator[t
 
 
 def _unrated_checkpoints(stages: Stages) -> Iterator[tuple[str, str]]:
-    """Those that are to be kept by an evaluation that is never made during a stage."""
+    """Those that are to be kept by an evaluation that is never made during a stage. Beside a stage
+    that learns from rollouts one that learns from traces may go without."""
+    any_rolls_out = any(rolls_out(kind, stage) for _, kind, stage in stages)
     for name, kind, stage in stages:
         best, evaluation = stage.checkpoint.keep_best, stage.evaluation
-        if best is None or not best.metric.startswith("eval/") or kind != "rl":
+        if kind == "eval" or (any_rolls_out and not rolls_out(kind, stage)):
+            continue
+        if best is None or not best.metric.startswith("eval/"):
             continue
         during = evaluation is not None and evaluation.every_steps is not None
         modes = [mode.name for mode in evaluation.modes] if evaluation and during else []
@@ -103,7 +123,12 @@ def _idle_monitors(stages: Stages) -> Iterator[tuple[str, str]]:
             if stage.monitors.changed(name) and getattr(stage.monitors, name) is not None
         ]
         needed, acts = _NEEDS.get(name, ("a stage of kind rl", _always))
-        if asking and not any(kind == "rl" and acts(stage) for kind, stage in asking):
+        if asking and not any(
+            rolls_out(kind, stage)
+            and acts(stage)
+            and (needed != _GROUPS or rewards_train(kind, stage))
+            for kind, stage in asking
+        ):
             yield f"monitors.{name} does nothing: it needs {needed}", "Remove it, or set that."
 
 
@@ -150,7 +175,7 @@ def _has_reference(config: TrainingConfig) -> bool:
 
 _UPDATES = "several updates a step (algorithm.hyperparameters.epochs or mini_batches above 1)"
 _TOOLS = "tools (environment.tools)"
-_GROUPS = "an algorithm.hyperparameters.advantage that compares groups"
+_GROUPS = "an algorithm.hyperparameters.advantage that compares groups, and rewards that train"
 _NEEDS: dict[str, tuple[str, Callable[[TrainingConfig], bool]]] = {
     "ratio": (_UPDATES, _has_ratio),
     "approx_kl": (_UPDATES, _has_ratio),

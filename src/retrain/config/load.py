@@ -16,10 +16,12 @@ from pydantic import ValidationError
 from retrain.config.agents import AgentsConfig
 from retrain.config.base import Section
 from retrain.config.explain import explain, short
+from retrain.config.guided import unfit_for_a_group_of_one, unfit_for_teachers
 from retrain.config.idle import idle_keys
 from retrain.config.presets import DECIDING
 from retrain.config.recipes import PREFIX, recipe_path
-from retrain.config.root import StageConfig, StageKind, TrainingConfig
+from retrain.config.root import StageConfig, StageKind, TrainingConfig, rewards_train, rolls_out
+from retrain.config.teachers import OnPolicyDistillation
 from retrain.types import UserError
 
 _LONGEST_INT_BITS = 4096
@@ -30,8 +32,10 @@ def load_config(
     overrides: Sequence[str] = (),
     *,
     only: StageKind | None = None,
+    runs: bool = True,
 ) -> TrainingConfig:
-    """Read, override and check a config, its stages (or those of the kind `only`) included.
+    """Read, override and check a config, its stages (or those of the kind `only`) included, unless
+    nothing of it `runs`.
 
     `overrides` are `dotted.key=value` strings whose values are YAML; list items go by index. Dates
     and times become text. A path `recipe:NAME/FILE` is a config of the package's own.
@@ -55,6 +59,8 @@ def load_config(
     for override in overrides:
         _apply_override(data, override)
     config = _validate(data, where)
+    if not runs:
+        return config
     stages = resolve_stages(config, where, only=only)
     for cause, next_step in idle_keys(config, stages) if only is None else ():
         raise UserError(f"{where}: {cause}", next_step)
@@ -102,14 +108,17 @@ def _free_name(kind: str, taken: Collection[str]) -> str:
 
 
 def _default_stages(config: TrainingConfig, only: StageKind | None) -> list[StageConfig]:
-    if only is not None:
+    if only in ("sft", "rl", "eval"):
         return [StageConfig(kind=only)]
-    if config.prompt_source is None and config.sft is not None:
-        return [StageConfig(kind="sft")]
+    kind: StageKind = "rl"
+    if only == "distill" or config.distillation is not None:
+        kind = "distill"
+    elif config.prompt_source is None and config.sft is not None:
+        kind = "sft"
     if config.evaluation is None:
-        return [StageConfig(kind="rl")]
+        return [StageConfig(kind=kind)]
     before, after = (StageConfig(kind="eval", name=name) for name in ("before", "after"))
-    return [before, StageConfig(kind="rl"), after]
+    return [before, StageConfig(kind=kind), after]
 
 
 def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,8 +174,16 @@ def _fits_anew(overlay: Mapping[str, Any]) -> bool:
     )
 
 
+_NEEDED: dict[StageKind, str] = {
+    "sft": "sft",
+    "rl": "prompt_source",
+    "distill": "distillation",
+    "eval": "evaluation",
+}
+
+
 def _require_sections(kind: StageKind, config: TrainingConfig, place: str) -> None:
-    needed = {"sft": "sft", "rl": "prompt_source", "eval": "evaluation"}[kind]
+    needed = _NEEDED[kind]
     if getattr(config, needed) is None:
         raise UserError(
             f"{place}: a stage of kind {kind} needs section {needed}", f"Add `{needed}:`."
@@ -176,14 +193,26 @@ def _require_sections(kind: StageKind, config: TrainingConfig, place: str) -> No
         rewards.step_reward_configs
         or rewards.rollout_reward_configs
         or rewards.group_reward_configs
-        or config.environment.type in ("python", "gymnasium", "openenv", "verifiers")
+        or config.environment.type in ("python", "gymnasium", "openenv", "verifiers", "external")
         or (isinstance(config.environment, AgentsConfig) and config.environment.path is not None)
     )
-    if kind == "rl" and not has_reward:
+    if rolls_out(kind, config) and rewards_train(kind, config) and not has_reward:
         raise UserError(
             f"{place}: reward_setup has no reward, so there is nothing to learn from",
             "Add an entry under reward_setup.rollout_reward_configs.",
         )
+    settings, section = config.algorithm.hyperparameters, config.distillation
+    if kind == "distill" and isinstance(section, OnPolicyDistillation):
+        if config.prompt_source is None:
+            raise UserError(
+                f"{place}: distillation.type: on_policy needs section prompt_source, the tasks "
+                "that the student acts on",
+                "Add `prompt_source:`.",
+            )
+        for cause, next_step in unfit_for_teachers(section, settings):
+            raise UserError(f"{place}: {cause}", next_step)
+    if kind == "rl" and (reason := unfit_for_a_group_of_one(settings)):
+        raise UserError(f"{place}: {reason}")
 
 
 def _plain(value: Any) -> Any:

@@ -6,14 +6,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from retrain.config.agents import AgentsConfig
 from retrain.config.algorithm import TOKEN_ADVANTAGES, AlgorithmConfig
 from retrain.config.base import Section
 from retrain.config.data import PromptSourceConfig
+from retrain.config.distillation import DistillationConfig
 from retrain.config.engine import EngineConfig, TorchEngineConfig
 from retrain.config.environment import EnvironmentConfig, QAConfig
+from retrain.config.gateway import GatewayConfig
+from retrain.config.guided import unfit_for_a_group_of_one
 from retrain.config.model import ModelConfig
 from retrain.config.monitors import MonitorsConfig
 from retrain.config.rewards import RewardConfig, RewardSetup
@@ -24,12 +27,21 @@ from retrain.config.stages import (
     SandboxConfig,
     SFTConfig,
 )
+from retrain.config.teachers import OnPolicyDistillation
 from retrain.config.tracking import TrackingConfig
 
-StageKind = Literal["sft", "rl", "eval"]
+StageKind = Literal["sft", "rl", "distill", "eval"]
 
 READ_BY: dict[StageKind, tuple[str, ...]] = {
-    "sft": ("environment", "checkpoint", "sft"),
+    "sft": (
+        "algorithm",
+        "environment",
+        "reward_setup",
+        "rollout",
+        "checkpoint",
+        "evaluation",
+        "sft",
+    ),
     "rl": (
         "algorithm",
         "environment",
@@ -40,9 +52,23 @@ READ_BY: dict[StageKind, tuple[str, ...]] = {
         "monitors",
         "evaluation",
     ),
+    "distill": (
+        "algorithm",
+        "environment",
+        "prompt_source",
+        "reward_setup",
+        "rollout",
+        "checkpoint",
+        "monitors",
+        "evaluation",
+        "distillation",
+    ),
     "eval": ("algorithm", "environment", "reward_setup", "rollout", "evaluation"),
 }
 """The sections that a stage of each kind may overlay, since it reads them."""
+
+_TO_ACT = ("algorithm", "reward_setup", "rollout", "evaluation")
+"""Of SFT, those that it reads to be evaluated only."""
 
 
 class StageConfig(Section):
@@ -72,13 +98,8 @@ class StageConfig(Section):
     """As for algorithm."""
     sft: dict[str, Any] = Field(default_factory=dict)
     """As for algorithm."""
-
-    @field_validator("kind", mode="before")
-    @classmethod
-    def _built(cls, kind: Any) -> Any:
-        if kind == "distill":
-            raise ValueError("stage kind 'distill' is not built; there are: sft, rl, eval")
-        return kind
+    distillation: dict[str, Any] = Field(default_factory=dict)
+    """As for algorithm."""
 
     @model_validator(mode="after")
     def _one_model(self) -> StageConfig:
@@ -135,16 +156,14 @@ class TrainingConfig(Section):
     """On which tasks, how, and what counts as success."""
     sft: SFTConfig | None = None
     """Traces to imitate, and how."""
+    distillation: DistillationConfig | None = None
+    """Other agents to learn from, by their words or by their log-probabilities."""
+    gateway: GatewayConfig | None = None
+    """What `retrain gateway` serves."""
     stages: list[StageConfig] | None = Field(None, min_length=1)
-    """A pipeline. Without it the run is one RL stage, evaluated before and after where
-    `evaluation` is set."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _not_built(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "distillation" in data:
-            raise ValueError("section distillation is not built; remove it")
-        return data
+    """A pipeline. Without it the run is one stage: of kind distill where `distillation` is set, of
+    kind sft where `sft` is and there is no `prompt_source`, else of kind rl; evaluated before and
+    after where `evaluation` is set."""
 
     @model_validator(mode="after")
     def _lora_to_merge(self) -> TrainingConfig:
@@ -213,6 +232,13 @@ class TrainingConfig(Section):
                     yield f"reward_setup.{kind}_reward_configs.{name}.agents", reward.agents
 
     @model_validator(mode="after")
+    def _groups_compare(self) -> TrainingConfig:
+        reason = unfit_for_a_group_of_one(self.algorithm.hyperparameters)
+        if reason is not None and rewards_train("distill", self):
+            raise ValueError(reason)
+        return self
+
+    @model_validator(mode="after")
     def _rollouts_survive(self) -> TrainingConfig:
         least, settings = self.rollout.min_group_size, self.algorithm.hyperparameters
         if least is not None and least > settings.group_size:
@@ -238,3 +264,34 @@ class TrainingConfig(Section):
         from retrain.config.load import load_config
 
         return load_config(path)
+
+
+def evaluates(config: TrainingConfig) -> bool:
+    """Whether stages that train are evaluated on the way."""
+    return config.evaluation is not None and config.evaluation.every_steps is not None
+
+
+def rolls_out(kind: StageKind, config: TrainingConfig) -> bool:
+    """Whether a stage learns from rollouts that it samples, step by step."""
+    return kind == "rl" or (
+        kind == "distill" and isinstance(config.distillation, OnPolicyDistillation)
+    )
+
+
+def generates(kind: StageKind, config: TrainingConfig) -> bool:
+    """Whether a stage samples rollouts: to learn from them, or to be evaluated."""
+    return kind == "eval" or rolls_out(kind, config) or evaluates(config)
+
+
+def reads(kind: StageKind, config: TrainingConfig) -> tuple[str, ...]:
+    """The sections that a stage reads as it is configured."""
+    if kind == "sft" and not evaluates(config):
+        return tuple(name for name in READ_BY[kind] if name not in _TO_ACT)
+    return READ_BY[kind]
+
+
+def rewards_train(kind: StageKind, config: TrainingConfig) -> bool:
+    """Whether rewards do, in a stage that learns from rollouts, and not teachers alone."""
+    section = config.distillation
+    only_taught = isinstance(section, OnPolicyDistillation) and section.task_reward == 0
+    return kind != "distill" or not only_taught

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from retrain.config.algorithm import Optimization
 from retrain.config.base import Section
 from retrain.config.data import PromptSourceConfig, refuse_shares
+from retrain.config.imitation import TraceData
 
 
 class SandboxConfig(Section):
@@ -109,7 +109,8 @@ class EvaluationConfig(Section):
     prompt_source: PromptSourceConfig
     """Held-out tasks."""
     every_steps: int | None = Field(None, ge=1)
-    """Also during RL; None evaluates only where an eval stage stands, or before and after."""
+    """Also during stages that train; None evaluates only where an eval stage stands, or before and
+    after."""
     max_new_tokens: int | None = Field(None, ge=1)
     """Of one MODEL turn; by default that of training."""
     modes: list[EvaluationMode] = Field(default_factory=_default_modes, min_length=1)
@@ -141,35 +142,5 @@ class EvaluationConfig(Section):
         return self
 
 
-class SFTConfig(Optimization):
-    dataset: str
-    """JSONL, JSON or Parquet of messages or prompt/completion rows, or an import path
-    `pkg.module:name` of a function that returns such rows."""
-    params: dict[str, Any] = Field(default_factory=dict)
-    """Arguments of that function."""
-    steps: int | None = Field(None, ge=1)
-    """None: as many as `epochs` takes."""
-    epochs: int = Field(1, ge=1)
-    """Passes over the traces."""
-    batch_size: int = Field(16, ge=1)
-    """Traces of one update."""
-    shuffle: bool = True
-    """A new order in every epoch, from the run's seed."""
-
-    @model_validator(mode="after")
-    def _params_have_a_function(self) -> SFTConfig:
-        if self.params and ":" not in self.dataset:
-            raise ValueError("params needs dataset to be an import path, pkg.module:name")
-        return self
-
-    @model_validator(mode="after")
-    def _one_length(self) -> SFTConfig:
-        if self.steps is None:
-            return self
-        if self.changed("epochs"):
-            raise ValueError(
-                f"epochs {self.epochs} does nothing with steps {self.steps}, which ends the stage; "
-                "remove one of them (steps: null where a section above sets it)"
-            )
-        self._refuse_long_warmup(self.steps)
-        return self
+class SFTConfig(TraceData):
+    """Loss on the model's own messages; `evaluation.every_steps` evaluates on the way."""

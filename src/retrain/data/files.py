@@ -113,6 +113,18 @@ def _format_of(file: Path, format: str) -> str:
     return kind
 
 
+def refuse_json(path: str | Path, format: str = "auto") -> None:
+    """
+    Raises:
+        UserError: what is to be streamed is JSON.
+    """
+    if any(kind == "json" for _, kind in data_files(path, format)):
+        raise UserError(
+            f"{path} is JSON, which can only be read as a whole",
+            "Set streaming: false, or convert the file to JSONL.",
+        )
+
+
 def read_files(path: str | Path, format: str = "auto") -> Iterator[Row]:
     """Rows of a file, or of a directory's files. Only JSON is held in memory as a whole."""
     for file, kind in data_files(path, format):

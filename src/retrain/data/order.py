@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
+from retrain.data.buffer import shuffled
 from retrain.data.cursor import Cursor, Position
 from retrain.data.files import Row
 from retrain.data.selection import Counts, Selection
@@ -153,20 +154,6 @@ class TaskStream:
     def summary(self) -> str:
         first = next(self._selection.tasks(self._read(), Counts()))
         return f"streamed: rows are counted and checked as they are read\n{describe(first)}"
-
-
-def shuffled(tasks: Iterable[Task], size: int, generator: random.Random) -> Iterator[Task]:
-    """Tasks in a random order, holding `size` of them at a time."""
-    held: list[Task] = []
-    for task in tasks:
-        if len(held) < size:
-            held.append(task)
-            continue
-        i = generator.randrange(size)
-        yield held[i]
-        held[i] = task
-    generator.shuffle(held)
-    yield from held
 
 
 def _generator(seed: int | str, epoch: int) -> random.Random:

@@ -19,8 +19,9 @@ from retrain.config.data import (
     SourceSection,
     StreamableSection,
 )
+from retrain.data.buffer import DEFAULT_BUFFER
 from retrain.data.curriculum import CurriculumSource
-from retrain.data.files import Row, data_files, read_files, row_of
+from retrain.data.files import Row, read_files, refuse_json, row_of
 from retrain.data.filters import Filter, column_filter, function_filter
 from retrain.data.functions import call_for_rows
 from retrain.data.hub import read_dataset
@@ -32,8 +33,6 @@ from retrain.data.tasks import TaskBuilder
 from retrain.types import Task, UserError
 
 __all__ = ["TaskSource", "load_tasks"]
-
-_DEFAULT_BUFFER = 1000
 
 
 def load_tasks(source: PromptSourceConfig, *, seed: int) -> TaskSource:
@@ -69,7 +68,7 @@ def _load(source: SingleSourceConfig, *, seed: int, name: str | None = None) -> 
         filters=lambda: [_filter(f"filters.{i}", entry) for i, entry in enumerate(filters)],
     )
     if isinstance(source, StreamableSection) and source.streaming:
-        buffer = (source.shuffle_buffer or _DEFAULT_BUFFER) if source.shuffle else None
+        buffer = (source.shuffle_buffer or DEFAULT_BUFFER) if source.shuffle else None
         return TaskStream(read, selection, shuffle_buffer=buffer, seed=order)
     counts = Counts()
     tasks = list(selection.tasks(read(), counts))
@@ -121,7 +120,7 @@ def _reader(source: SingleSourceConfig, seed: int) -> Callable[[], Iterable[Row 
             return lambda: _numbered(source.prompts, "prompts")
         case FileSourceConfig():
             if source.streaming:
-                _refuse_streamed_json(source)
+                refuse_json(source.path, source.format)
             return lambda: read_files(source.path, source.format)
         case HFDatasetSourceConfig():
             return lambda: read_dataset(
@@ -135,14 +134,6 @@ def _reader(source: SingleSourceConfig, seed: int) -> Callable[[], Iterable[Row 
             return lambda: _numbered(
                 call_for_rows(source.function, source.params, "prompt source"), source.function
             )
-
-
-def _refuse_streamed_json(source: FileSourceConfig) -> None:
-    if any(kind == "json" for _, kind in data_files(source.path, source.format)):
-        raise UserError(
-            f"{source.path} is JSON, which can only be read as a whole",
-            "Set streaming: false, or convert the file to JSONL.",
-        )
 
 
 def _numbered(values: Iterable[Any], name: str) -> Iterator[Row | Task]:

@@ -2,7 +2,13 @@
 
 from retrain.learner.batch import Batch, collate, micro_batches
 from retrain.learner.critic import Critic
-from retrain.learner.objectives import Objective, PolicyObjective, Predictions, sft_loss
+from retrain.learner.objectives import (
+    LogitsObjective,
+    Objective,
+    PolicyObjective,
+    Predictions,
+    sft_loss,
+)
 from retrain.learner.optim import Schedule
 from retrain.learner.reference import Reference
 from retrain.learner.torch_learner import NotFiniteError, TorchLearner
@@ -10,6 +16,7 @@ from retrain.learner.torch_learner import NotFiniteError, TorchLearner
 __all__ = [
     "Batch",
     "Critic",
+    "LogitsObjective",
     "NotFiniteError",
     "Objective",
     "PolicyObjective",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,6 +35,14 @@ class Batch:
     ref_logprobs: Tensor
     values: Tensor
     returns: Tensor
+    teacher_logprobs: Tensor | None = None
+    """NaN where no teacher speaks; None where none does anywhere."""
+    teacher_top_ids: Tensor | None = None
+    """[B, T, K]; None where no sample has any."""
+    teacher_top_logprobs: Tensor | None = None
+    """[B, T, K], -inf where there are fewer than K."""
+    teacher_temperature: float = field(default=1.0, kw_only=True)
+    """Of `teacher_top_logprobs`."""
 
     @property
     def num_trained(self) -> int:
@@ -66,7 +74,20 @@ def collate(
         _padded([s.values for s in samples], shape, unknown),
         _padded([s.returns for s in samples], shape, unknown),
     )
-    return Batch(*(torch.from_numpy(column).to(device) for column in columns))
+    batch = Batch(*(torch.from_numpy(column).to(device) for column in columns))
+    taught = {
+        name: torch.from_numpy(column).to(device)
+        for name, column in _teacher_columns(samples, shape).items()
+    }
+    if not taught:
+        return batch
+    return replace(
+        batch,
+        teacher_logprobs=taught.get("logprobs"),
+        teacher_top_ids=taught.get("top_ids"),
+        teacher_top_logprobs=taught.get("top_logprobs"),
+        teacher_temperature=samples[0].teacher_temperature,
+    )
 
 
 def micro_batches(
@@ -173,6 +194,37 @@ def _padded(
         if column is not None:
             padded[row, : len(column)] = _column(column)
     return padded
+
+
+def _teacher_columns(samples: Sequence[Sample], shape: tuple[int, int]) -> dict[str, np.ndarray]:
+    """What teachers said, where they said anything.
+
+    Raises:
+        ValueError: they spoke at different temperatures.
+    """
+    columns: dict[str, np.ndarray] = {}
+    if any(sample.teacher_logprobs is not None for sample in samples):
+        said = [sample.teacher_logprobs for sample in samples]
+        columns["logprobs"] = _padded(said, shape, float("nan"))
+    k = max(sample.teacher_top_k for sample in samples)
+    if k == 0:
+        return columns
+    if len({sample.teacher_temperature for sample in samples}) > 1:
+        raise ValueError("the samples of a batch have teachers of one temperature")
+    ids = np.full((*shape, k), -1, dtype=np.int64)
+    logprobs = np.full((*shape, k), -np.inf)
+    for row, sample in enumerate(samples):
+        if sample.teacher_top_ids is None or sample.teacher_top_logprobs is None:
+            continue
+        own = (row, slice(len(sample)), slice(sample.teacher_top_k))
+        ids[own] = _column(sample.teacher_top_ids).reshape(len(sample), -1)
+        logprobs[own] = _column(sample.teacher_top_logprobs).reshape(len(sample), -1)
+    logprobs[(ids < 0) | np.isnan(logprobs)] = -np.inf
+    # an id that stands for nothing repeats one that is there: the rest are all others
+    best = np.take_along_axis(ids, logprobs.argmax(-1)[..., None], -1)
+    columns["top_ids"] = np.where(logprobs > -np.inf, ids, np.maximum(best, 0))
+    columns["top_logprobs"] = logprobs
+    return columns
 
 
 def _column(values: array[int] | array[float]) -> np.ndarray:

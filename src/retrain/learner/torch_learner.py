@@ -159,9 +159,11 @@ class TorchLearner:
         ):
             part = [samples[i] for i in chosen]
             with torch.set_grad_enabled(train_policy):
-                found = self._scores(batch, entropy_gradient)
+                found = self._scores(batch, entropy_gradient, batch.teacher_top_ids)
                 predictions = Predictions(
-                    spread(found.logprobs, batch.mask), spread(found.entropy, batch.mask)
+                    spread(found.logprobs, batch.mask),
+                    spread(found.entropy, batch.mask),
+                    None if found.candidates is None else spread(found.candidates, batch.mask),
                 )
                 per_token, counts = objective(predictions, batch)
                 loss = (per_token * batch.weights).sum()
@@ -324,7 +326,9 @@ class TorchLearner:
             **how,
         )
 
-    def _scores(self, batch: Batch, entropy_gradient: bool) -> Scores:
+    def _scores(
+        self, batch: Batch, entropy_gradient: bool, candidates: Tensor | None = None
+    ) -> Scores:
         return scores(
             self.model,
             batch.token_ids,
@@ -333,6 +337,8 @@ class TorchLearner:
             self.temperature,
             share_prefixes=self.share_prefixes,
             entropy_gradient=entropy_gradient,
+            candidates=None if candidates is None else candidates[batch.mask],
+            candidate_temperature=batch.teacher_temperature,
         )
 
     def _logprobs(self, batch: Batch, model: nn.Module | None = None) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from operator import length_hint
 
 from retrain.config.adapters import GymnasiumConfig, OpenEnvConfig, VerifiersConfig
 from retrain.config.agents import AgentsConfig
@@ -13,19 +14,31 @@ from retrain.config.environment import (
     PythonEnvironmentConfig,
     ToolEnvironmentConfig,
 )
+from retrain.config.external import ExternalConfig
 from retrain.config.load import resolve_stages
-from retrain.config.root import READ_BY, StageKind, TrainingConfig
+from retrain.config.root import (
+    READ_BY,
+    StageKind,
+    TrainingConfig,
+    evaluates,
+    generates,
+    reads,
+    rolls_out,
+)
 from retrain.config.stages import SandboxConfig
 from retrain.data import load_tasks
 from retrain.loops.adapters import describe_adapter
 from retrain.loops.agents import import_conduct
 from retrain.loops.build import build_calculator
+from retrain.loops.distill import describe_distillation
 from retrain.loops.engines import check_interpreter
 from retrain.loops.evaluate import held_out_tasks
+from retrain.loops.external import describe_external
 from retrain.loops.pipeline import overlapping
-from retrain.loops.sft import traces_and_steps
+from retrain.loops.sft import read_traces, steps_of
 from retrain.loops.success import check_curricula
 from retrain.loops.update import check_critic
+from retrain.loops.validation import hold_out
 from retrain.loops.world import (
     build_sandbox,
     endpoints_asked,
@@ -53,7 +66,7 @@ def check(config: TrainingConfig) -> str:
         f"model: {check_origin(config.model)}",
     ]
     stages = resolve_stages(config)
-    if any(kind != "sft" for _, kind, _ in stages):
+    if any(generates(kind, stage) for _, kind, stage in stages):
         lines += _engine(config)
     for number, (name, kind, stage) in enumerate(stages, 1):
         lines.append(f"stage {number}, {name} ({kind}):")
@@ -99,13 +112,14 @@ def _idle_sections(
     config: TrainingConfig, stages: Sequence[tuple[str, StageKind, TrainingConfig]]
 ) -> Iterator[str]:
     """Sections that no stage reads. They may be there for another day, so none is refused."""
-    read = {name for _, kind, _ in stages for name in READ_BY[kind]}
+    read = {name for _, kind, stage in stages for name in reads(kind, stage)}
     for name in config.changed(*dict.fromkeys(n for names in READ_BY.values() for n in names)):
         if name not in read:
-            readers = " or ".join(kind for kind, names in READ_BY.items() if name in names)
+            others = READ_BY.keys() - {kind for _, kind, _ in stages}
+            readers = " or ".join(k for k in READ_BY if k in others and name in READ_BY[k])
             yield f"{name} does nothing: no stage is of kind {readers}"
     if config.sandbox != SandboxConfig() and not any(
-        kind != "sft" and runs_code(stage) for _, kind, stage in stages
+        generates(kind, stage) and runs_code(stage) for _, kind, stage in stages
     ):
         yield "sandbox does nothing: neither a tool nor a reward runs code"
 
@@ -119,30 +133,29 @@ def _resuming(
         reasons.append(f"model.device is {device}")
     if config.model.torch_dtype != "float32":
         reasons.append(f"model.torch_dtype is {config.model.torch_dtype}")
-    generates = any(kind != "sft" for _, kind, _ in stages)
+    sampling = [stage for _, kind, stage in stages if generates(kind, stage)]
     engine = config.engine
     exact = engine.deterministic if isinstance(engine, TorchEngineConfig) else False
-    if generates and exact is False:
+    if sampling and exact is False:
         why = "deterministic is false" if engine.type == "torch" else f"type is {engine.type}"
         reasons.append(f"engine.{why}")
-    reasons += dict.fromkeys(
-        clause for _, kind, stage in stages if kind != "sft" for clause in endpoints_asked(stage)
-    )
+    reasons += dict.fromkeys(clause for stage in sampling for clause in endpoints_asked(stage))
     reasons += [f"max_staleness is {n} in {name}" for name, n in overlapping(config).items()]
     if reasons:
         return f"goes on, but not bit for bit: {', '.join(reasons)}"
     own = "if tools, rewards and data functions give the same again"
-    if generates and exact is None:
+    if sampling and exact is None:
         own += ", and the model lets the engine be deterministic, which a run finds out and says"
     return f"bit for bit, {own}"
 
 
 def _describe(kind: StageKind, config: TrainingConfig) -> Iterator[str]:
-    if kind == "sft":
-        yield from _sft(config)
-        return
+    if kind in ("sft", "distill"):
+        yield from _sft(config) if kind == "sft" else describe_distillation(config)
+        if not rolls_out(kind, config) and not evaluates(config):
+            return
     calculator = build_calculator(config.reward_setup, build_sandbox(config))
-    yield from _rl(config, calculator) if kind == "rl" else _eval(config, calculator)
+    yield from (_rl if rolls_out(kind, config) else _eval)(config, calculator)
     yield from _environment(config)
     if runs_code(config):
         yield _sandbox(config.sandbox)
@@ -152,9 +165,14 @@ def _describe(kind: StageKind, config: TrainingConfig) -> Iterator[str]:
 def _sft(config: TrainingConfig) -> Iterator[str]:
     settings = config.sft
     assert settings is not None
-    traces, steps = traces_and_steps(config, settings)
-    yield f"traces: {len(traces)} from {settings.dataset}"
+    train, held_out = hold_out(settings, read_traces(config, settings))
+    size = length_hint(train, -1)
+    steps = steps_of(settings, None if size < 0 else size)
+    yield f"traces: {'streamed' if size < 0 else size} from {settings.dataset}"
+    if held_out:
+        yield f"held out: {len(held_out)}, from {settings.validation or 'the same'}"
     yield f"{steps} steps of {settings.batch_size}, {settings.optimizer}, {_rate(settings)}"
+    yield from _late_evaluations(config, steps)
     yield from _late_checkpoints(config, steps)
 
 
@@ -173,9 +191,13 @@ def _rl(config: TrainingConfig, calculator: RewardCalculator) -> Iterator[str]:
     yield from (f"  {line}" for line in describe_choices(settings))
     check_critic(settings)
     yield from _late_checkpoints(config, settings.steps)
+    yield from _late_evaluations(config, settings.steps)
+
+
+def _late_evaluations(config: TrainingConfig, steps: int) -> Iterator[str]:
     every = None if config.evaluation is None else config.evaluation.every_steps
-    if every is not None and every > settings.steps:
-        yield f"note: evaluation.every_steps {every} never comes in {settings.steps} steps"
+    if every is not None and every > steps:
+        yield f"note: evaluation.every_steps {every} never comes in {steps} steps"
 
 
 def _late_checkpoints(config: TrainingConfig, steps: int) -> Iterator[str]:
@@ -262,6 +284,8 @@ def _environment(config: TrainingConfig) -> Iterator[str]:
         yield f"  user: {section.user.type}; at most {section.max_turns} turns"
     elif isinstance(section, GymnasiumConfig | OpenEnvConfig | VerifiersConfig):
         yield f"  {describe_adapter(section)}"
+    elif isinstance(section, ExternalConfig):
+        yield f"  {describe_external(section)}"
     elif isinstance(section, PythonEnvironmentConfig):
         import_environment(section)
         yield f"  {section.path}"

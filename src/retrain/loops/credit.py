@@ -235,10 +235,11 @@ def truncated(rollout: Rollout) -> bool:
 
 
 def rollout_advantages(samples: Sequence[Sample]) -> dict[str, float]:
-    """Rollout id -> mean advantage over its trained tokens."""
+    """Rollout id -> mean advantage over its trained tokens; nothing where rewards do not train."""
     tokens: dict[str, list[float]] = {}
     for sample in samples:
-        assert sample.advantages is not None
+        if sample.advantages is None or not any(sample.loss_mask):
+            continue
         own = (a for a, trains in zip(sample.advantages, sample.loss_mask, strict=True) if trains)
         tokens.setdefault(sample.rollout_id, []).extend(own)
     return {rollout: statistics.fmean(values) for rollout, values in tokens.items()}

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from retrain.config.stages import EvaluationConfig
 from retrain.loops.credit import has_variance, sampled_tokens, truncated
+from retrain.loops.pipeline import SampledGroup, seconds_under_way
 from retrain.loops.success import counts, is_success
 from retrain.loops.survivors import Freshness, large_enough
-from retrain.types import NO_VERSION, Rollout
+from retrain.types import NO_VERSION, Rollout, Sample
 
 
 def rollout_metrics(
@@ -164,6 +166,8 @@ def learner_metrics(totals: Mapping[str, float]) -> dict[str, float]:
         error = totals["value_error_squared"] / tokens
         if variance > 1e-9:
             metrics["explained_variance"] = 1.0 - error / variance
+    if "teacher_tokens" in totals:
+        metrics["distill/kl"] = totals["teacher_kl"] / max(totals["teacher_tokens"], 1.0)
     return metrics
 
 
@@ -182,3 +186,20 @@ def update_metrics(totals: Mapping[str, float]) -> dict[str, float]:
     optional = {"kl": "kl", "correction": "correction/mean", "value_loss": "value_loss"}
     optional |= {"clipped_dual": "clip_fraction/dual", "value_clipped": "clip_fraction/value"}
     return metrics | {name: totals[key] / tokens for key, name in optional.items() if key in totals}
+
+
+def speed_metrics(
+    groups: Sequence[SampledGroup], samples: Sequence[Sample], waited: float, generated: float
+) -> dict[str, float]:
+    """Seconds: `wait` until the step had its groups, `generate` in which at least one of them was
+    under way (since when they started, which may be in an earlier step), `train`."""
+    training = time.perf_counter() - generated
+    generating = seconds_under_way(groups)
+    tokens = sum(sampled_tokens(rollout) for group in groups for rollout in group.rollouts)
+    return {
+        "seconds/wait": waited,
+        "seconds/generate": generating,
+        "seconds/train": training,
+        "tokens_per_s/generate": tokens / max(generating, 1e-9),
+        "tokens_per_s/train": sum(map(len, samples)) / max(training, 1e-9),
+    }

@@ -158,13 +158,16 @@ def seconds_under_way(groups: Sequence[SampledGroup]) -> float:
 
 
 def overlapping(config: TrainingConfig) -> dict[str, int]:
-    """`max_staleness` of the stages of RL that sample while they learn, by what names them."""
+    """`max_staleness` of the stages that learn from rollouts while they sample, by what names
+    them."""
     usual = config.algorithm.hyperparameters.max_staleness
-    found = {"rl": usual}
+    section = config.distillation
+    found = {"rl": usual} if section is None or section.type == "on_policy" else {}
     if config.stages is not None:
         found = {}
         for number, stage in enumerate(config.stages):
-            if stage.kind == "rl":
+            type_ = stage.distillation.get("type", section.type if section else None)
+            if stage.kind == "rl" or (stage.kind == "distill" and type_ == "on_policy"):
                 given = stage.algorithm.get("hyperparameters") or {}
                 found[stage.name or f"stages.{number}"] = int(given.get("max_staleness", usual))
     return {name: steps for name, steps in found.items() if steps > 0}

@@ -30,7 +30,7 @@ AT_A_COST = (
     r"(stages\.\d+\.)?rollout\..*",
     r"(stages\.\d+\.)?environment\.tool_(timeout_s|retries)",
     r"(.*\.)?(micro_batch_tokens|share_prefixes)",
-    r"(stages\.\d+\.)?(sft|algorithm\.hyperparameters)\.steps",
+    r"(stages\.\d+\.)?(sft|distillation|algorithm\.hyperparameters)\.steps",
     r"model\.(device|gradient_checkpointing|attn_implementation)",
 )
 """Keys that may change too; the run then goes on, but not to the bits that it would have had."""

@@ -10,8 +10,8 @@ import asyncio
 import difflib
 import functools
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from retrain.config.algorithm import TOKEN_ADVANTAGES, Hyperparameters
 from retrain.config.root import TrainingConfig
@@ -21,11 +21,12 @@ from retrain.learner import NotFiniteError
 from retrain.loops.build import build_calculator, build_sampler
 from retrain.loops.checkpoint import RunState, Training
 from retrain.loops.context import RunContext, check_prompts_fit
-from retrain.loops.credit import has_variance, punish_overlong, rollout_advantages, sampled_tokens
+from retrain.loops.credit import has_variance, punish_overlong, rollout_advantages
 from retrain.loops.evaluate import EvalStage
-from retrain.loops.metrics import rollout_metrics
+from retrain.loops.guidance import Guidance
+from retrain.loops.metrics import rollout_metrics, speed_metrics
 from retrain.loops.monitors import Monitors
-from retrain.loops.pipeline import Pipeline, SampledGroup, seconds_under_way
+from retrain.loops.pipeline import Pipeline, SampledGroup
 from retrain.loops.success import check_curricula, counts, success_of
 from retrain.loops.survivors import Freshness, Losses, large_enough, smallest_group
 from retrain.loops.update import PolicyUpdate, build_update, check_critic
@@ -45,10 +46,12 @@ class RLStage:
     calculator: RewardCalculator
     sampler: Sampler
     evaluation: EvalStage | None
+    guidance: Guidance | None = None
+    """Teachers that speak of what was sampled."""
 
     @classmethod
     def prepare(cls, name: str, config: TrainingConfig, context: RunContext) -> RLStage:
-        """Read and check everything that the stage needs.
+        """Read and check everything that the stage needs, but its teachers.
 
         Raises:
             UserError: bad data, unknown names, or prompts that do not fit the context.
@@ -83,6 +86,9 @@ class RLStage:
     async def execute(self, context: RunContext) -> None:
         work = self._begin(context)
         try:
+            if self.guidance is not None:
+                ready = self.guidance.teachers.prepare(self.settings.temperature)
+                await context.stop.watch(ready)
             await self._train(work, context)
         finally:
             await work.close()
@@ -109,9 +115,12 @@ class RLStage:
             )
             generated = time.perf_counter()
 
+            with context.saved_on_failure(self.config, state, work.training):
+                sampled, taught = await context.stop.watch(self._teach(sampled, work))
             learn = functools.partial(self._learn, step, sampled, state, work, context)
             metrics, samples = await work.thread.run(learn)
-            metrics |= _speed(sampled, samples, generated - started, generated)
+            metrics |= taught
+            metrics |= speed_metrics(sampled.groups, samples, generated - started, generated)
             metrics |= work.tasks.metrics()
             metrics["alerts"] = float(len(work.monitors.observe(step, metrics)))
             context.log(self.name, step, metrics)
@@ -134,7 +143,12 @@ class RLStage:
 
     def _begin(self, context: RunContext) -> _Work:
         update = build_update(
-            self.settings, context.policy, seed=self.config.seed, critic=context.critic
+            self.settings,
+            context.policy,
+            seed=self.config.seed,
+            critic=context.critic,
+            task_reward=1.0 if self.guidance is None else self.guidance.task_reward,
+            teacher_coefficient=0.0 if self.guidance is None else self.guidance.coefficient,
         )
         context.critic = update.learner.critic
         most = self.config.rollout.max_lost_steps
@@ -146,7 +160,9 @@ class RLStage:
             thread=Worker(),
             update=update,
             training=Training(update.learner, update.reference),
-            monitors=Monitors(thresholds(self.config), stage=self.name),
+            monitors=Monitors(
+                thresholds(self.config, rewards_train=self._rewards_train), stage=self.name
+            ),
             losses=Losses(self.name, context.run, context.engine, max_lost_steps=most),
         )
 
@@ -218,12 +234,12 @@ class RLStage:
             version=context.version,
             freshness=work.freshness,
             per_turn=self.settings.credit == "turn",
-            min_group_size=smallest_group(self.config),
+            min_group_size=self._smallest_group,
         )
         work.freshness.warn(f"{self.name} step {step}", sampled.rollouts)
         update = work.update
         try:
-            samples = update.samples(sampled.chosen)
+            samples = update.samples(sampled.chosen, sampled.samples)
             if samples:
                 metrics |= update.learn(samples, step, context.weights_changed)
         except NotFiniteError as error:
@@ -241,7 +257,7 @@ class RLStage:
         await context.bring_weights()
         work.freshness.publish(context.version)
         work.pipeline.begin_step()
-        settings, least = self.settings, smallest_group(self.config)
+        settings, least = self.settings, self._smallest_group
         ahead = min(settings.max_staleness, settings.steps - step) * settings.prompts_per_step
         groups: list[SampledGroup] = []
         missing = settings.prompts_per_step
@@ -255,6 +271,27 @@ class RLStage:
             if missing == 0:
                 break
         return _Sampled(groups, full if settings.dynamic_sampling_rounds else alive)
+
+    async def _teach(self, sampled: _Sampled, work: _Work) -> tuple[_Sampled, dict[str, float]]:
+        """With the step's samples, and what teachers say of them; what is to be reported of it."""
+        collect = functools.partial(work.update.collect, sampled.chosen)
+        samples = await work.thread.run(collect)
+        if self.guidance is None:
+            return replace(sampled, samples=samples), {}
+        rollouts = [rollout for group in sampled.chosen for rollout in group]
+        temperature = self.settings.temperature
+        samples, metrics = await self.guidance.teach(rollouts, samples, temperature)
+        return replace(sampled, samples=samples), metrics
+
+    @property
+    def _rewards_train(self) -> bool:
+        return self.guidance is None or self.guidance.task_reward > 0
+
+    @property
+    def _smallest_group(self) -> int:
+        """Fewest survivors of a group that teaches; a teacher needs no second one."""
+        given = self.config.rollout.min_group_size
+        return 1 if self.guidance is not None and given is None else smallest_group(self.config)
 
     def _group(self) -> Callable[[int, Task], Awaitable[list[Rollout]]]:
         """Makes the group of an (epoch, task), all of them together within the concurrency that
@@ -281,6 +318,8 @@ class RLStage:
     async def close(self) -> None:
         await self.sampler.environment.close()
         await self.calculator.close()
+        if self.guidance is not None:
+            await self.guidance.teachers.close()
         if self.evaluation is not None:
             await self.evaluation.close()
 
@@ -319,36 +358,23 @@ class _Sampled:
     """All that were taken, in order."""
     chosen: list[list[Rollout]]
     """Those that teach, without what is stale."""
+    samples: list[Sample] = field(default_factory=list)
+    """Theirs."""
 
     @property
     def rollouts(self) -> list[Rollout]:
         return [rollout for group in self.groups for rollout in group.rollouts]
 
 
-def thresholds(config: TrainingConfig) -> dict[str, float | None]:
-    """Of the monitors; those of groups without variance are off where such groups teach too, and so
-    is that of the gap between engine and learner where it holds what the policy has learnt since.
+def thresholds(config: TrainingConfig, *, rewards_train: bool = True) -> dict[str, float | None]:
+    """Of the monitors; those of groups without variance are off where such groups teach too or
+    rewards do not, and so is that of the gap between engine and learner where it holds what the
+    policy has learnt since.
     """
     given: dict[str, float | None] = config.monitors.model_dump()
     if config.algorithm.hyperparameters.max_staleness > 0:
         given |= {"logprob_gap": None}
-    if config.algorithm.hyperparameters.advantage in TOKEN_ADVANTAGES:
+    by_token = config.algorithm.hyperparameters.advantage in TOKEN_ADVANTAGES
+    if by_token or not rewards_train:
         given |= {"zero_variance": None, "flat_reward_steps": None}
     return given
-
-
-def _speed(
-    sampled: _Sampled, samples: Sequence[Sample], waited: float, generated: float
-) -> dict[str, float]:
-    """Seconds: `wait` until the step had its groups, `generate` in which at least one of them was
-    under way (since when they started, which may be in an earlier step), `train`."""
-    training = time.perf_counter() - generated
-    generating = seconds_under_way(sampled.groups)
-    tokens = sum(map(sampled_tokens, sampled.rollouts))
-    return {
-        "seconds/wait": waited,
-        "seconds/generate": generating,
-        "seconds/train": training,
-        "tokens_per_s/generate": tokens / max(generating, 1e-9),
-        "tokens_per_s/train": sum(map(len, samples)) / max(training, 1e-9),
-    }

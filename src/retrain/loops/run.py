@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 
 from retrain.config.engine import TorchEngineConfig
 from retrain.config.load import dump_yaml, load_config, resolve_stages
-from retrain.config.root import StageKind, TrainingConfig
+from retrain.config.root import StageKind, TrainingConfig, evaluates, generates
 from retrain.loops.context import RunContext
+from retrain.loops.distill import prepare_distillation
 from retrain.loops.engines import build_engine
 from retrain.loops.evaluate import EvalStage
 from retrain.loops.interrupt import Interrupted, Stop
@@ -35,10 +36,11 @@ from retrain.types import UserError
 
 Stage = SFTStage | RLStage | EvalStage
 
-STAGES: dict[StageKind, type[SFTStage] | type[RLStage] | type[EvalStage]] = {
-    "sft": SFTStage,
-    "rl": RLStage,
-    "eval": EvalStage,
+STAGES: dict[StageKind, Callable[[str, TrainingConfig, RunContext], Stage]] = {
+    "sft": SFTStage.prepare,
+    "rl": RLStage.prepare,
+    "distill": prepare_distillation,
+    "eval": EvalStage.prepare,
 }
 
 
@@ -87,7 +89,7 @@ async def run(
         closing.enter_context(repeatable(checked.seed))
         sandbox = build_sandbox(checked)
         closing.push_async_callback(sandbox.close)
-        if any(kind != "sft" and runs_code(stage) for _, kind, stage in stages):
+        if any(generates(kind, stage) and runs_code(stage) for _, kind, stage in stages):
             await sandbox.start()
         policy = load_policy(checked.model, seed=checked.seed)
         context = RunContext(policy, build_engine(checked, policy), sandbox, trackers)
@@ -97,7 +99,7 @@ async def run(
             context.go_on_from(going_on.saved)
         prepared: list[Stage] = []
         for name, kind, stage_config in stages_left(stages, going_on):
-            prepared.append(STAGES[kind].prepare(name, stage_config, context))
+            prepared.append(STAGES[kind](name, stage_config, context))
             closing.push_async_callback(prepared[-1].close)
         if deterministic:
             deterministic = all([await m.engine.prepare() for m in context.user_models.values()])
@@ -153,10 +155,7 @@ def _trackers(
     Raises:
         UserError: a tracker's package is missing, or there is no such class.
     """
-    during = [
-        (name, kind, stage.evaluation is not None and stage.evaluation.every_steps is not None)
-        for name, kind, stage in stages
-    ]
+    during = [(name, kind, evaluates(stage)) for name, kind, stage in stages]
     return build_trackers(config.tracking, prefixed=sharing(during))
 
 
@@ -175,7 +174,7 @@ def _info(
 
 def _unlike(stages: Sequence[tuple[str, StageKind, TrainingConfig]]) -> Iterator[str]:
     for name, kind, stage in stages:
-        for clause in endpoints_asked(stage) if kind != "sft" else ():
+        for clause in endpoints_asked(stage) if generates(kind, stage) else ():
             yield f"{clause} in {name}: a resumed run is not the same bit for bit"
 
 
@@ -189,7 +188,7 @@ async def _prepare_engine(
     context: RunContext, stages: Sequence[tuple[str, StageKind, TrainingConfig]]
 ) -> bool | None:
     """Whether the engine is deterministic; None where no stage generates."""
-    if all(kind == "sft" for _, kind, _ in stages):
+    if not any(generates(kind, stage) for _, kind, stage in stages):
         return None
     return await context.engine.prepare()
 
@@ -215,7 +214,7 @@ async def _execute(
         try:
             trackers.start(info, progress.line)
             starting = await context.engine.start(directory.path)
-            if any(not isinstance(stage, SFTStage) for stage in stages):
+            if any(not isinstance(s, SFTStage) or s.evaluation is not None for s in stages):
                 if starting is not None:
                     progress.line(starting)
                 await stop.watch(context.bring_weights())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,15 +35,32 @@ class PolicyUpdate:
 
     Args:
         seed: of the order in which groups are dealt to mini-batches.
+        task_reward: weight of the rewards' advantages; with 0 they train nothing.
+        teacher_coefficient: weight of the KL to teachers; above 0 every sample trains.
     """
 
     settings: Hyperparameters
     learner: TorchLearner
     reference: Reference | None
     seed: int
+    task_reward: float = 1.0
+    teacher_coefficient: float = 0.0
 
-    def samples(self, groups: Sequence[Sequence[Rollout]]) -> list[Sample]:
-        """What trains, with its advantages.
+    def collect(self, groups: Sequence[Sequence[Rollout]]) -> list[Sample]:
+        """The samples of all rollouts that may train, bare."""
+        settings = self.settings
+        return [
+            sample
+            for group in groups
+            for rollout in group
+            if settings.train_truncated or not truncated(rollout)
+            for sample in to_samples(rollout, last_turn_only=settings.train_turns == "last")
+        ]
+
+    def samples(
+        self, groups: Sequence[Sequence[Rollout]], collected: Sequence[Sample] | None = None
+    ) -> list[Sample]:
+        """What trains, with its advantages; of all samples, where none were `collected` before.
 
         A rollout whose group teaches nothing (all its advantages are zero) is left out, its tokens
         uncounted, as in DAPO's dynamic sampling; unless the loss has a term that needs no
@@ -50,20 +68,17 @@ class PolicyUpdate:
         means.
         """
         settings = self.settings
-        samples = [
-            sample
-            for group in groups
-            for rollout in group
-            if settings.train_truncated or not truncated(rollout)
-            for sample in to_samples(rollout, last_turn_only=settings.train_turns == "last")
-        ]
+        samples = self.collect(groups) if collected is None else list(collected)
         penalised = settings.kl is not None and settings.kl.place == "reward"
         if penalised and self.reference is not None:
             self.learner.attach_old_logprobs(samples)
             self.learner.attach_reference(samples, self.reference)
         if settings.critic is not None:
             self.learner.attach_values(samples)
-        self._credit().assign(groups, samples)
+        if self.task_reward:
+            self._credit().assign(groups, samples)
+        if self.task_reward not in (0.0, 1.0):
+            _scale(samples, self.task_reward)
         if not self._trains_everything:
             samples = _that_teach(samples)
         if not penalised and self.reference is not None:
@@ -78,7 +93,7 @@ class PolicyUpdate:
         """The batch's updates; what changes from one to the next is reported of the last."""
         settings = self.settings
         warming = settings.critic is not None and step <= settings.critic.warmup_steps
-        objective = build_objective(settings)
+        objective = build_objective(settings, teacher_coefficient=self.teacher_coefficient)
         metrics: dict[str, float] = {}
         begun = (step - 1) * settings.epochs * settings.mini_batches
         for number, part in enumerate(self._parts(samples, step)):
@@ -107,7 +122,8 @@ class PolicyUpdate:
 
     @property
     def _trains_everything(self) -> bool:
-        return self.settings.critic is not None or build_objective(self.settings).trains_everything
+        taught = self.teacher_coefficient > 0 or self.settings.critic is not None
+        return taught or build_objective(self.settings).trains_everything
 
     def _credit(self) -> Credit:
         settings = self.settings
@@ -154,7 +170,13 @@ def check_critic(settings: Hyperparameters) -> None:
 
 
 def build_update(
-    settings: Hyperparameters, policy: Policy, *, seed: int, critic: Critic | None = None
+    settings: Hyperparameters,
+    policy: Policy,
+    *,
+    seed: int,
+    critic: Critic | None = None,
+    task_reward: float = 1.0,
+    teacher_coefficient: float = 0.0,
 ) -> PolicyUpdate:
     """The learner, and a reference that is the policy as it is now.
 
@@ -169,7 +191,13 @@ def build_update(
         critic_before=critic,
     )
     reference = None if settings.kl is None else Reference(policy.model)
-    return PolicyUpdate(settings, learner, reference, seed)
+    return PolicyUpdate(settings, learner, reference, seed, task_reward, teacher_coefficient)
+
+
+def _scale(samples: Sequence[Sample], weight: float) -> None:
+    for sample in samples:
+        if sample.advantages is not None:
+            sample.advantages = array("d", [weight * value for value in sample.advantages])
 
 
 def _that_teach(samples: Sequence[Sample]) -> list[Sample]:
@@ -188,7 +216,9 @@ def needs_whole_rollouts(settings: Hyperparameters) -> bool:
     return settings.loss in SEQUENCE_LOSSES or by_sequence
 
 
-def build_objective(settings: Hyperparameters) -> PolicyObjective:
+def build_objective(
+    settings: Hyperparameters, *, teacher_coefficient: float = 0.0
+) -> PolicyObjective:
     """The per-token loss that the hyperparameters describe."""
     in_loss = settings.kl if settings.kl and settings.kl.place == "loss" else None
     return PolicyObjective(
@@ -197,6 +227,7 @@ def build_objective(settings: Hyperparameters) -> PolicyObjective:
         kl_estimator=settings.kl.estimator if settings.kl else "k3",
         kl_coefficient=in_loss.coefficient if in_loss else 0.0,
         entropy_coefficient=settings.entropy_coefficient,
+        teacher_coefficient=teacher_coefficient,
     )
 
 

@@ -15,6 +15,7 @@ from retrain.config.environment import (
     PythonEnvironmentConfig,
     ToolEnvironmentConfig,
 )
+from retrain.config.external import ExternalConfig
 from retrain.config.formats import ToolConfig, ToolFormatConfig
 from retrain.config.rewards import RewardConfig
 from retrain.config.root import TrainingConfig
@@ -22,6 +23,7 @@ from retrain.envs import DialogueEnvironment, Environment, ToolEnvironment
 from retrain.importing import import_object
 from retrain.loops.adapters import build_adapter
 from retrain.loops.agents import build_agents, make_tools
+from retrain.loops.external import build_external
 from retrain.loops.players import LoadedModel, build_user, codec_of, make_renderer
 from retrain.models import Policy
 from retrain.rendering import Renderer, ToolSchema
@@ -48,9 +50,17 @@ def _chosen_format(config: TrainingConfig) -> ToolFormatConfig | None:
     if isinstance(environment, AgentsConfig):
         acting = any(agent.acts for agent in environment.agents.values())
         return environment.tool_format if acting else None
-    if isinstance(environment, OpenEnvConfig | VerifiersConfig):
+    if isinstance(environment, OpenEnvConfig | VerifiersConfig | ExternalConfig):
         return environment.tool_format
     return None
+
+
+def describes_tools(config: TrainingConfig) -> bool:
+    """Whether the policy is told of its tools in the system message."""
+    section = config.environment
+    if isinstance(section, ToolEnvironmentConfig | AgentsConfig | ExternalConfig):
+        return section.describe_tools
+    return False
 
 
 def build_sandbox(config: TrainingConfig) -> Sandbox:
@@ -111,6 +121,8 @@ def endpoints_asked(config: TrainingConfig) -> list[str]:
         found += [f"an endpoint plays {name}" for name in played]
     if isinstance(section, OpenEnvConfig):
         found.append("a server plays the environment")
+    if isinstance(section, ExternalConfig):
+        found.append("a program of your own asks the model")
     for tool in _tool_list(section):
         if tool.name in _ASKING_TOOLS or (tool.name == "simulated" and "model" in tool.params):
             found.append(f"the tool {tool.name} asks an endpoint")
@@ -172,6 +184,8 @@ def build_environment(
         return build_agents(section, config, renderer, sandbox, loaded, tools_enabled=tools_enabled)
     if isinstance(section, GymnasiumConfig | OpenEnvConfig | VerifiersConfig):
         return build_adapter(section, renderer)
+    if isinstance(section, ExternalConfig):
+        return build_external(section, renderer)
     if isinstance(section, PythonEnvironmentConfig):
         return import_environment(section)
     return Environment()

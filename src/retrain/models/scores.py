@@ -43,6 +43,9 @@ class Scores:
     hidden: Tensor | None
     """[M, D], the states that the tokens are predicted from; None where the model does not give
     them apart from its logits."""
+    candidates: Tensor | None = None
+    """[M, K + 1], log-probabilities of the K candidates at each token's place, and last of all
+    other tokens together; None where none were given."""
 
 
 def scores(
@@ -54,6 +57,8 @@ def scores(
     *,
     share_prefixes: bool = True,
     entropy_gradient: bool = False,
+    candidates: Tensor | None = None,
+    candidate_temperature: float = 1.0,
     logits_per_chunk: int = LOGITS_PER_CHUNK,
 ) -> Scores:
     """Score the masked tokens given those before them; differentiable in the model's parameters.
@@ -67,6 +72,8 @@ def scores(
         mask: [B, T] bool.
         share_prefixes: compute what rows share from the start once.
         entropy_gradient: whether the entropy takes part in the backward pass.
+        candidates: [M, K] ids of tokens that might have stood at each masked token's place.
+        candidate_temperature: what logits are divided by for them.
         logits_per_chunk: most logits at once; they are computed again in the backward pass.
 
     Raises:
@@ -75,17 +82,27 @@ def scores(
     _check_mask(token_ids, lengths, mask)
     rows, columns = mask.nonzero(as_tuple=True)
     targets = token_ids[rows, columns]
+    columns_given = (targets,) if candidates is None else (targets, candidates)
+
+    def of(logits: Tensor, tokens: Tensor, ids: Tensor | None = None) -> tuple[Tensor, ...]:
+        found = _of_logits(logits, tokens, temperature, entropy_gradient)
+        return (
+            found if ids is None else (*found, _of_candidates(logits, ids, candidate_temperature))
+        )
+
+    hidden: Tensor | None = None
     if splits_exactly(model):
         hidden = predictor_states(model, token_ids, mask, share_prefixes=share_prefixes)
         vocab = unwrap(model).get_output_embeddings().weight.shape[0]
 
-        def of(part: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-            return _of_logits(head_logits(model, part), tokens, temperature, entropy_gradient)
+        def of_states(part: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+            return of(head_logits(model, part), *given)
 
-        return Scores(*_in_chunks(of, hidden, targets, logits_per_chunk // vocab), hidden)
-    width = int(lengths.max())
-    logits = full_logits(model, token_ids[:, :width])[rows, columns - 1]
-    return Scores(*_of_logits(logits, targets, temperature, entropy_gradient), None)
+        found = _in_chunks(of_states, logits_per_chunk // vocab, hidden, *columns_given)
+    else:
+        logits = full_logits(model, token_ids[:, : int(lengths.max())])[rows, columns - 1]
+        found = of(logits, *columns_given)
+    return Scores(found[0], found[1], hidden, None if candidates is None else found[2])
 
 
 def selected_logprobs(
@@ -116,8 +133,9 @@ def selected_logprobs(
 
 
 def spread(values: Tensor, mask: Tensor) -> Tensor:
-    """[M] values of the masked tokens to [B, T], 0 elsewhere."""
-    zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    """[M, ...] values of the masked tokens to [B, T, ...], 0 elsewhere."""
+    shape = (*mask.shape, *values.shape[1:])
+    zeros = torch.zeros(shape, dtype=values.dtype, device=values.device)
     return zeros.index_put(mask.nonzero(as_tuple=True), values)
 
 
@@ -149,20 +167,18 @@ def _check_mask(token_ids: Tensor, lengths: Tensor, mask: Tensor) -> None:
 
 
 def _in_chunks(
-    of: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-    hidden: Tensor,
-    targets: Tensor,
-    size: int,
-) -> tuple[Tensor, Tensor]:
+    of: Callable[..., tuple[Tensor, ...]], size: int, *columns: Tensor
+) -> tuple[Tensor, ...]:
+    """What `of` gives for columns of M rows each, so many rows at a time."""
     size = max(1, size)
-    if len(targets) <= size:
-        return of(hidden, targets)
+    if len(columns[0]) <= size:
+        return of(*columns)
+    cut = [torch.split(column, size) for column in columns]
     parts = [
-        checkpoint(of, part, tokens, use_reentrant=False, preserve_rng_state=False)
-        for part, tokens in zip(torch.split(hidden, size), torch.split(targets, size), strict=True)
+        checkpoint(of, *pieces, use_reentrant=False, preserve_rng_state=False)
+        for pieces in zip(*cut, strict=True)
     ]
-    logprobs, entropies = zip(*parts, strict=True)
-    return torch.cat(logprobs), torch.cat(entropies)
+    return tuple(torch.cat(results) for results in zip(*parts, strict=True))
 
 
 def _of_logits(
@@ -179,3 +195,13 @@ def _of_logits(
         bounded = scaled.clamp(min=torch.finfo(scaled.dtype).min)
         entropy = total - torch.linalg.vecdot(probabilities, bounded)
     return chosen - total, entropy
+
+
+def _of_candidates(logits: Tensor, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities [R, K + 1] of ids [R, K], and of all other tokens, of logits [R, V]."""
+    wide = logits if logits.dtype == torch.float64 else logits.float()
+    scaled = wide if temperature in (0.0, 1.0) else wide / temperature
+    # -inf would make the gradient NaN where no other token is left
+    others = scaled.scatter(-1, ids, torch.finfo(scaled.dtype).min)
+    masses = torch.cat((scaled.gather(-1, ids), others.logsumexp(-1, keepdim=True)), -1)
+    return masses - scaled.logsumexp(-1, keepdim=True)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.progress import TaskID
 
 Mode = Literal["auto", "on", "off"]
-StageKind = Literal["sft", "rl", "eval"]
+StageKind = Literal["sft", "rl", "distill", "eval"]
 
 _PLAIN_LINES = 8
 """Most lines of one stage outside a terminal, besides its first and its last."""

@@ -171,5 +171,7 @@ def sharing(stages: Sequence[tuple[str, str, bool]]) -> set[str]:
     """
     training = {name for name, kind, _ in stages if kind != "eval"}
     evaluations = {name for name, kind, _ in stages if kind == "eval"}
-    evaluations |= {f"{name}-eval" for name, kind, during in stages if kind == "rl" and during}
-    return {name for names in (training, evaluations) if len(names) > 1 for name in names}
+    evaluations |= {f"{name}-eval" for name, kind, during in stages if kind != "eval" and during}
+    validations = {f"{name}-validation" for name, kind, _ in stages if kind in ("sft", "distill")}
+    shared = (training, evaluations, validations)
+    return {name for names in shared if len(names) > 1 for name in names}

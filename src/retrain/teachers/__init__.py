@@ -1,0 +1,1 @@
+"""Models that a student learns from by their log-probabilities."""
