@@ -92,6 +92,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "monitors": OWN_STAGE,
         "evaluation": OWN_STAGE,
         "sft": "test_config_load.py::test_stages_overlay_the_sections_above",
+        "distillation": "test_config_load.py::test_stages_overlay_the_sections_above",
     },
     "ModelConfig": {
         "name_or_path": f"{BUILT}::test_name_or_path_decides_the_weights",
@@ -502,6 +503,7 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "upstream": f"{SERVED}::test_an_agent_is_recorded_in_front_of_an_endpoint",
         "records": f"{SERVED}::test_an_agent_is_recorded_in_front_of_an_endpoint",
         "rollouts": f"{SERVED}::test_the_model_of_the_config_keeps_its_tokens",
+        "tool_format": f"{SERVED}::test_tools_are_called_in_the_gateways_own_format",
         **dict.fromkeys(
             ("host", "port", "keys_env", "idle_s", "max_body_mb"),
             f"{SERVED}::test_it_serves_until_it_is_stopped",

@@ -250,7 +250,7 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         done = shell("--help", code=code)
         seconds.append(time.perf_counter() - started)
     assert done.returncode == 0 and done.stderr == "[]\n"
-    for command in ("run", "check", "demo", "sft", "eval"):
+    for command in ("run", "check", "demo", "sft", "distill", "gateway", "eval"):
         assert re.search(rf"\b{command}\b", done.stdout)
     assert min(seconds) < 2.0
 

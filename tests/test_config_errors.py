@@ -89,11 +89,11 @@ def test_unknown_keys_at_every_depth(path: str, value: object, expected: str) ->
     ("path", "value", "expected"),
     [
         ("environment", {"max_steps": 3}, "environment.type is missing; one of: smolagent, qa, "
-         "dialogue, agents, gymnasium, openenv, verifiers, python"),
+         "dialogue, agents, gymnasium, openenv, verifiers, external, python"),
         ("environment", {"type": "smolagents"}, "environment.type: there is no 'smolagents'; did "
          "you mean 'smolagent'?"),
         ("environment", {"type": "zzz"}, "environment.type: there is no 'zzz'; one of: smolagent, "
-         "qa, dialogue, agents, gymnasium, openenv, verifiers, python"),
+         "qa, dialogue, agents, gymnasium, openenv, verifiers, external, python"),
         ("environment", {**SMOLAGENT, "tool_format": {"type": "fence"}},
          "environment.tool_format.type: there is no 'fence'; did you mean 'fenced'?"),
         ("environment", {"type": "dialogue", "user": {}}, "environment.user.type is missing; one "
@@ -120,8 +120,7 @@ def test_discriminated_unions(path: str, value: object, expected: str) -> None:
         ("engine.type", "vlm", "engine.type: there is no 'vlm'; did you mean 'vllm'?"),
         ("engine.type", "openai", "engine: openai gives text only"),
         ("sandbox.type", "docker", "sandbox.type: input should be 'auto', 'jail', "),
-        ("distillation", {}, "section distillation is not built; remove it"),
-        ("distillation", None, "section distillation is not built; remove it"),
+        ("distillation", {}, "distillation.type is missing; one of: traces, on_policy, logits"),
         ("model.from_scratch", SCRATCH, "model: set exactly one of name_or_path and from_scratch"),
         ("model", {}, "model: set exactly one of name_or_path and from_scratch"),
         ("model", {"from_scratch": SCRATCH, "revision": "x"}, "model: revision needs name_or_path"),

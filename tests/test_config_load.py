@@ -231,10 +231,13 @@ def test_stages_overlay_the_sections_above() -> None:
                     "prompt_source": {"prompts": ["c"]},
                 },
                 {"kind": "rl", "environment": {"type": "qa"}},
+                {"kind": "distill", "distillation": {"type": "traces", "sources": ["log.jsonl"]}},
             ],
         )
     )
-    (_, _, sft), (_, _, first), (_, _, second) = resolve_stages(config)
+    (_, _, sft), (_, _, first), (_, _, second), (_, _, last) = resolve_stages(config)
+    assert last.distillation is not None and last.distillation.type == "traces"
+    assert config.distillation is None
     assert sft.sft is not None and (sft.sft.steps, sft.sft.dataset) == (9, "traces.jsonl")
     assert config.sft is not None and config.sft.steps == 5
     assert isinstance(first.environment, ToolEnvironmentConfig)
@@ -267,7 +270,7 @@ def test_stage_names_are_unique() -> None:
     [
         ({"kind": "sft"}, r"stages\.0: a stage of kind sft needs section sft\n  Add `sft:`"),
         ({"kind": "eval"}, "needs section evaluation"),
-        ({"kind": "distill"}, "'distill' is not built; there are: sft, rl, eval"),
+        ({"kind": "distill"}, "a stage of kind distill needs section distillation"),
         ({"kind": "rl", "model": {"name_or_path": "y"}}, "model stands above"),
         ({"kind": "rl", "engine": {}}, r"unknown key stages\.0\.engine"),
         ({"kind": "rl", "name": "a/b"}, r"stages\.0\.name: string should match"),

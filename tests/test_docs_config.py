@@ -45,7 +45,9 @@ def test_every_leaf_has_a_row_with_a_meaning(script: ModuleType) -> None:
     assert len(leaves) > 150
     for leaf in leaves:
         key = re.sub(r"^environment\.(user|agents\.<name>\.player)\.model\.", "model.", leaf)
+        key = re.sub(r"^distillation\.teachers\[\]\.model\.", "model.", key)
         key = key.replace("evaluation.prompt_source.", "prompt_source.")
+        key = key.replace("distillation.tasks.", "prompt_source.")
         key = key.replace("prompt_source.sources[].source.", "prompt_source.")
         if not key.endswith(".type") or key in table:
             assert table[key][2], f"{leaf} has no meaning: give the field a docstring"

@@ -125,6 +125,31 @@ def test_the_model_of_the_config_keeps_its_tokens(tmp_path: Path) -> None:
     assert all((p < 0) == s for p, s in zip(segment.logprobs, sampled, strict=True))
 
 
+TOOL_AGENT = """
+from openai import OpenAI
+
+function = {"name": "look", "description": "Looks.", "parameters": {"type": "object"}}
+tools = [{"type": "function", "function": function}]
+talk = [{"role": "user", "content": "12?"}]
+OpenAI().chat.completions.create(model="any", messages=talk, tools=tools)
+"""
+
+
+def test_tools_are_called_in_the_gateways_own_format(tmp_path: Path) -> None:
+    agent = tmp_path / "agent.py"
+    agent.write_text(TOOL_AGENT)
+    rollouts = str(tmp_path / "rollouts.jsonl.gz")
+    path = config(tmp_path, rollouts=rollouts)
+    done = run(str(path), "--", sys.executable, str(agent))
+    assert done.returncode == 1 and "environment.tool_format" in done.stderr
+    form = {"type": "tags", "tool_start": "<use>", "tool_end": "</use>"}
+    path = config(tmp_path, rollouts=rollouts, tool_format=form)
+    done = run(str(path), "--", sys.executable, str(agent))
+    assert done.returncode == 0, done.stderr
+    (rollout,) = read_rollouts(rollouts)
+    assert "look" in rollout.messages[0].content and "<use>" in rollout.messages[0].content
+
+
 def test_it_serves_until_it_is_stopped(tmp_path: Path) -> None:
     """Keys are asked for; sessions that are silent end."""
     rollouts = str(tmp_path / "rollouts.jsonl.gz")
@@ -172,6 +197,10 @@ def test_it_serves_until_it_is_stopped(tmp_path: Path) -> None:
     [
         ({"host": "0.0.0.0"}, "callers need keys: set keys_env"),
         ({"upstream": {"url": "http://x"}, "rollouts": "r"}, "rollouts does nothing with upstream"),
+        (
+            {"upstream": {"url": "http://x"}, "tool_format": {"type": "tags"}},
+            "tool_format does nothing with upstream",
+        ),
         ({"keys_env": "sk-1 2"}, "not the name of an environment variable"),
         ({"upstream": {"url": "http://x", "api_key_env": "sk-1"}}, "not the name of"),
     ],

@@ -8,6 +8,7 @@ import re
 from pydantic import Field, field_validator, model_validator
 
 from retrain.config.base import Section
+from retrain.config.formats import ToolFormatConfig
 
 
 def _variable(name: str | None) -> str | None:
@@ -55,6 +56,9 @@ class GatewayConfig(Section):
     rollouts: str | None = None
     """A file (gzip, `.jsonl.gz`) for the policy's rollouts, one a session, with token ids and
     log-probabilities; null writes none."""
+    tool_format: ToolFormatConfig | None = None
+    """How the model of the config writes calls; the system message says what tools there are, where
+    the chat template does not. Null: as the section `environment` has it."""
     idle_s: float = Field(600.0, gt=0)
     """Of silence, after which a session is over."""
     max_body_mb: float = Field(64.0, gt=0)
@@ -71,11 +75,13 @@ class GatewayConfig(Section):
         return self
 
     @model_validator(mode="after")
-    def _rollouts_have_tokens(self) -> GatewayConfig:
-        if self.rollouts is not None and self.upstream is not None:
-            raise ValueError(
-                "rollouts does nothing with upstream, whose answers have no tokens; remove it"
-            )
+    def _an_upstream_is_text(self) -> GatewayConfig:
+        if self.upstream is not None:
+            for name in self.changed("rollouts", "tool_format"):
+                raise ValueError(
+                    f"{name} does nothing with upstream, whose answers have no tokens of ours; "
+                    "remove it"
+                )
         return self
 
 

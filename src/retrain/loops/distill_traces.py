@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from retrain.config.environment import QAConfig, ToolEnvironmentConfig
-from retrain.config.external import ExternalConfig
 from retrain.config.root import TrainingConfig
 from retrain.config.traces import TracesDistillation
 from retrain.data import Trace, load_tasks, load_traces, messages_to_dicts
@@ -28,7 +27,13 @@ from retrain.envs.tools import with_system
 from retrain.loops.build import build_calculator
 from retrain.loops.context import RunContext
 from retrain.loops.sft import SFTStage, check_calls, steps_of, trace_samples
-from retrain.loops.world import build_renderer, build_sandbox, endpoints_asked, tool_schemas
+from retrain.loops.world import (
+    build_renderer,
+    build_sandbox,
+    describes_tools,
+    endpoints_asked,
+    tool_schemas,
+)
 from retrain.rendering import Renderer, ToolSchema
 from retrain.types import MessageType, Rollout, Task, UserError
 
@@ -250,8 +255,7 @@ class _Fit:
             build_renderer(config, context.policy),
             schemas,
             context.engine.context_limit,
-            isinstance(environment, ToolEnvironmentConfig | ExternalConfig)
-            and environment.describe_tools,
+            describes_tools(config),
         )
 
     def those_that_fit(self, kept: Sequence[Logged], report: Report) -> list[Logged]:

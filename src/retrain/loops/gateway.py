@@ -26,6 +26,7 @@ from retrain.gateway.upstream import TextSession, Upstream
 from retrain.gateway.variables import variables
 from retrain.loops.engines import build_engine
 from retrain.loops.interrupt import Interrupted, Stop
+from retrain.loops.players import codec_of, make_renderer
 from retrain.loops.world import build_renderer, describes_tools
 from retrain.models import load_policy
 from retrain.rendering import ToolSchema
@@ -127,27 +128,35 @@ async def _answering(
     config: TrainingConfig, section: GatewayConfig, count: _Count, closing: AsyncExitStack
 ) -> tuple[Make, Ended]:
     """What opens a session, and what is told of its end."""
-    if section.upstream is not None:
-        asked = section.upstream
-        upstream = Upstream(
-            asked.url,
-            model=asked.model,
-            api_key=read_key(asked.api_key_env, "gateway.upstream.api_key_env"),
-            timeout_s=asked.timeout_s,
-            retries=asked.retries,
-            max_concurrency=asked.max_concurrency,
-        )
-        closing.push_async_callback(upstream.close)
-        return (lambda name: TextSession(upstream)), (lambda name, session: None)
+    if section.upstream is None:
+        return await _by_the_policy(config, section, count, closing)
+    asked = section.upstream
+    upstream = Upstream(
+        asked.url,
+        model=asked.model,
+        api_key=read_key(asked.api_key_env, "gateway.upstream.api_key_env"),
+        timeout_s=asked.timeout_s,
+        retries=asked.retries,
+        max_concurrency=asked.max_concurrency,
+    )
+    closing.push_async_callback(upstream.close)
+    return (lambda name: TextSession(upstream)), (lambda name, session: None)
+
+
+async def _by_the_policy(
+    config: TrainingConfig, section: GatewayConfig, count: _Count, closing: AsyncExitStack
+) -> tuple[Make, Ended]:
     policy = load_policy(config.model, seed=config.seed)
     engine = build_engine(config, policy)
     closing.push_async_callback(engine.close)
-    directory = Path(closing.enter_context(TemporaryDirectory()))
     await engine.prepare()
-    await engine.start(directory)
+    await engine.start(Path(closing.enter_context(TemporaryDirectory())))
     if engine.version != 0:
         await engine.update_weights(0)
-    renderer = build_renderer(config, policy)
+    renderer, describes = build_renderer(config, policy), describes_tools(config)
+    if section.tool_format is not None:
+        renderer = make_renderer(codec_of(policy), policy.tokenizer, section.tool_format)
+        describes = True
     rollouts = None
     if section.rollouts is not None:
         path = Path(section.rollouts)
@@ -172,7 +181,7 @@ async def _answering(
             Task(name, ()),
             renderer,
             settings=told,
-            describe_tools=describes_tools(config),
+            describe_tools=describes,
         )
 
     def ended(name: str, session: Session) -> None:
