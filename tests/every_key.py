@@ -500,10 +500,8 @@ EVERY_KEY: dict[str, dict[str, str]] = {
         "shuffle_buffer": SFT_STREAM,
     },
     "GatewayConfig": {
-        "upstream": f"{SERVED}::test_an_agent_is_recorded_in_front_of_an_endpoint",
         "records": f"{SERVED}::test_an_agent_is_recorded_in_front_of_an_endpoint",
         "rollouts": f"{SERVED}::test_the_model_of_the_config_keeps_its_tokens",
-        "tool_format": f"{SERVED}::test_tools_are_called_in_the_gateways_own_format",
         **dict.fromkeys(
             ("host", "port", "keys_env", "idle_s", "max_body_mb"),
             f"{SERVED}::test_it_serves_until_it_is_stopped",
@@ -553,7 +551,6 @@ EVERY_KEY: dict[str, dict[str, str]] = {
     ),
     "OnPolicyDistillation": {
         "type": f"{GUIDED}::test_every_key_of_the_section_acts",
-        "teachers": f"{GUIDED}::test_every_key_of_the_section_acts",
         "coefficient": f"{GUIDED}::test_every_key_of_the_section_acts",
         "task_reward": f"{GUIDED}::test_every_key_of_the_section_acts",
         "estimator": f"{GUIDED}::test_every_key_of_the_section_acts",
@@ -561,7 +558,6 @@ EVERY_KEY: dict[str, dict[str, str]] = {
     },
     "LogitsDistillation": {
         "type": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
-        "teachers": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
         "top_k": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
         "temperature": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",
         "cross_entropy": f"{STORED}::test_a_run_learns_the_distributions_and_asks_once",

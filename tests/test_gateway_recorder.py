@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from array import array
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ from retrain.gateway.history import key_of
 from retrain.gateway.recorder import Recorder
 from retrain.rendering import Renderer
 from retrain.rollout.agent import EngineAgent
-from retrain.types import InfrastructureError, MessageType, Rollout, Source, Task, UserError
+from retrain.types import MessageType, Rollout, Source, Task, UserError
 from scripted import ScriptedEngine, check_ledger, native_renderer, plain_renderer, tag_renderer
 
 END = "<|im_end|>"
@@ -267,20 +266,6 @@ async def test_what_the_engine_cannot_do_is_refused() -> None:
     assert isinstance(talk.recorder.failed, UserError), "that is for the user to mend"
 
 
-async def test_a_retry_gets_the_answer_that_was_lost() -> None:
-    talk = Talk(plain_renderer("chatml"), [f"one{END}", f"two{END}", f"three{END}"])
-    lost = await talk.ask("a")
-    talk.recorder.undelivered(lost)
-    assert await talk.ask("a") is lost
-    assert await talk.ask("a", retried=True) is lost
-    given = await talk.ask("a", gone=lambda: True)
-    assert given.choices[0].message["content"] == "two"
-    rollout = talk.rollout()
-    assert words(rollout) == ["a", "one"], "what nobody got does not count"
-    assert (await talk.ask("a")) is given
-    assert words(talk.rollout()) == ["a", "one", "a", "two"]
-
-
 async def test_requests_that_overlap_do_not_mix() -> None:
     class Slow(ScriptedEngine):
         async def generate(self, request: GenerateRequest) -> Completion:
@@ -304,46 +289,6 @@ async def test_requests_that_overlap_do_not_mix() -> None:
     assert len(rollout.segments) == 8
 
 
-async def test_an_engine_that_fails_is_tried_again() -> None:
-    class Failing(ScriptedEngine):
-        failed = False
-
-        async def generate(self, request: GenerateRequest) -> Completion:
-            if not self.failed:
-                self.failed = True
-                raise InfrastructureError("lost")
-            return await super().generate(request)
-
-    renderer = plain_renderer("chatml")
-    agent = policy(renderer, Failing(renderer.codec, [f"one{END}"]))
-    recorder = Recorder(agent, Task("t", ()), renderer)
-    ask = Ask(({"role": "user", "content": "a"},))
-    with pytest.raises(RequestRefused) as refused:
-        await recorder.answer(ask)
-    assert refused.value.status == 503 and recorder.stirred.is_set()
-    assert isinstance(recorder.failed, InfrastructureError)
-    reply = await recorder.answer(ask)
-    assert reply.choices[0].message["content"] == "one"
-    rollout = agent.start(Task("t", ()))
-    recorder.enter(rollout)
-    assert words(rollout) == ["a", "one"]
-
-
-async def test_a_full_context_is_the_callers_to_handle() -> None:
-    class Full(ScriptedEngine):
-        async def generate(self, request: GenerateRequest) -> Completion:
-            return Completion(array("i"), array("f"), array("i"), "context")
-
-    renderer = plain_renderer("chatml")
-    recorder = Recorder(policy(renderer, Full(renderer.codec, [])), Task("t", ()), renderer)
-    with pytest.raises(RequestRefused) as refused:
-        await recorder.answer(Ask(({"role": "user", "content": "a"},)))
-    assert refused.value.code == "context_length_exceeded" and recorder.failed is None
-    rollout = recorder._policy.start(Task("t", ()))
-    recorder.enter(rollout)
-    assert rollout.messages == []
-
-
 async def test_rewards_are_finite_numbers() -> None:
     talk = Talk(plain_renderer("chatml"), [])
     talk.recorder.note(None, {"a": 1})
@@ -360,3 +305,28 @@ def test_the_order_of_arguments_does_not_count() -> None:
     second = {"id": "2", "function": {"name": "run", "arguments": '{"b":[2],"a":1}'}}
     said = {"role": "assistant", "content": ""}
     assert key_of({**said, "tool_calls": [first]}) == key_of({**said, "tool_calls": [second]})
+
+
+async def test_a_stop_string_that_is_put_back_behind_reasoning() -> None:
+    talk = Talk(plain_renderer("qwen3"), ["<think>\nhm\n</think>\n\none</end>", f"two{END}"])
+    await talk.say("a", stop=("</end>",))
+    await talk.say("a", {"role": "assistant", "content": "one</end>"}, "b")
+    rollout = talk.rollout()
+    check_ledger(rollout, talk.engine)
+    assert [m.type for m in rollout.messages].count(MessageType.MODEL) == 2
+
+
+async def test_a_fork_from_before_its_tools_is_told_of_them() -> None:
+    talk = Talk(tag_renderer("chatml"), [f"{n}{END}" for n in range(3)])
+    first = await talk.say("a")
+    for question in ("b", "c"):
+        await talk.say("a", first, question, tools=(SCHEMA,))
+    prompts = [talk.renderer.codec.decode(r.prompt_ids) for r in talk.engine.requests]
+    assert ["You can use these tools" in prompt for prompt in prompts] == [False, True, True]
+
+
+async def test_logprobs_are_those_of_the_words_that_are_told() -> None:
+    talk = Talk(plain_renderer("chatml"), ["one</end>"])
+    reply = await talk.ask("a", stop=("</end>",), logprobs=True)
+    tokens = reply.choices[0].logprobs
+    assert tokens is not None and "".join(token.text for token in tokens) == "one"

@@ -57,7 +57,7 @@ def reply_of(
     finish: Finish = "tool_calls" if calls else "stop"
     if turn.finish_reason in ("length", "context"):
         finish = "length"
-    logprobs = _logprobs(turn, renderer) if ask.logprobs else None
+    logprobs = _logprobs(turn, renderer, len(text)) if ask.logprobs else None
     return Reply(
         (Choice(wire, finish, stopped_by, logprobs),),
         model=ask.model or "policy",
@@ -79,7 +79,14 @@ def not_followed(ask: Ask, called: bool, settings: Mapping[str, Any]) -> tuple[s
 
 
 def _arguments(call: ToolCall) -> str:
-    return call.error or json.dumps(dict(call.arguments), ensure_ascii=False)
+    if call.error is not None:
+        return call.error
+    text = json.dumps(dict(call.arguments), ensure_ascii=False)
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can only escape
+        return json.dumps(dict(call.arguments))
+    return text
 
 
 def _cut(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
@@ -90,13 +97,17 @@ def _cut(text: str, stops: tuple[str, ...]) -> tuple[str, str | None]:
     return text[:at], stop
 
 
-def _logprobs(turn: Turn, renderer: Renderer) -> tuple[TokenLogprob, ...]:
+def _logprobs(turn: Turn, renderer: Renderer, length: int) -> tuple[TokenLogprob, ...]:
+    """Of the tokens that make the first `length` characters."""
     codec = renderer.codec
     own = turn.token_ids
     if own and own[-1] in codec.stop_token_ids:
         own = own[:-1]
-    texts = [codec.decode([token]) for token in own]
-    return tuple(
-        TokenLogprob(text, tuple(text.encode()), logprob)
-        for text, logprob in zip(texts, turn.logprobs, strict=False)
-    )
+    found, written = [], 0
+    for token, logprob in zip(own, turn.logprobs, strict=False):
+        if written >= length:
+            break
+        text = codec.decode([token])
+        written += len(text)
+        found.append(TokenLogprob(text, tuple(text.encode()), logprob))
+    return tuple(found)

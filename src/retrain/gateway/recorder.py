@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +19,8 @@ from retrain.engines.base import Bounds
 from retrain.gateway.answers import not_followed, reply_of, usable_calls
 from retrain.gateway.ask import Ask, Reply, RequestRefused, Wire, text_of
 from retrain.gateway.branch import Answer, Branch, Heard, enter
-from retrain.gateway.history import Key, key_of, plain_arguments, said_key
+from retrain.gateway.history import Key, digests, key_of, plain_arguments, said_key
+from retrain.gateway.talk import Talk
 from retrain.rendering import Renderer, ToolSchema
 from retrain.types import (
     InfrastructureError,
@@ -89,8 +91,12 @@ class Recorder:
         self._describe = describe_tools
         self._lock = lock or asyncio.Lock()
         self._number = number
+        self._talk = Talk()
         self._branches: list[Branch] = []
+        self._begun = 0
         self._by_reply: dict[str, list[Answer]] = {}
+        self._refused: Counter[str] = Counter()
+        """Requests that got no answer, by the digest of their messages."""
         self.turns = 0
         """MODEL messages sampled."""
         self.requests = 0
@@ -124,6 +130,7 @@ class Recorder:
                     self.undelivered(reply)
                 return reply
         except (InfrastructureError, UserError) as error:
+            self._refused[digests(keys)[-1]] += 1
             self._fail(error)
             raise _told(error) from error
         except RequestRefused:
@@ -158,27 +165,31 @@ class Recorder:
 
     def _unheard(self, keys: Sequence[Key], ask: Ask) -> Reply | None:
         """What the same request was answered before, where that did not reach its caller."""
-        for branch in reversed(self._branches):
-            count = len(keys)
-            if len(branch.heard) <= count or branch.shared(keys) < count:
-                continue
-            answer = branch.heard[count].answer
-            if answer is not None and (ask.retried or not answer.delivered):
+        again = ask.retried
+        if again and self._refused[(asked := digests(keys)[-1])]:
+            self._refused[asked] -= 1
+            again = False
+        node = self._talk.deepest(keys)
+        for answer in reversed(node.answers if node.depth == len(keys) else ()):
+            same = answer.asked == _asked(ask) and answer.reply.id in self._by_reply
+            if same and (again or not answer.delivered):
                 for each in self._by_reply[answer.reply.id]:
                     each.delivered = True
                 return answer.reply
         return None
 
     async def _sample(self, keys: Sequence[Key], ask: Ask) -> Reply:
-        answers = []
-        for index in range(ask.n):
-            branch = self._branch(keys, anew=index > 0)
-            answers.append(await self._say(branch, keys, ask))
-        choices = tuple(answer.reply.choices[0] for answer in answers)
-        first = answers[0].reply
+        answers: list[Answer] = []
+        try:
+            for index in range(ask.n):
+                answers.append(await self._turn(keys, ask, anew=index > 0))
+        except BaseException:
+            for answer in answers:
+                answer.delivered = False
+            raise
         reply = replace(
-            first,
-            choices=choices,
+            answers[0].reply,
+            choices=tuple(answer.reply.choices[0] for answer in answers),
             completion_tokens=sum(answer.reply.completion_tokens for answer in answers),
         )
         for answer in answers:
@@ -186,40 +197,51 @@ class Recorder:
         self._by_reply[reply.id] = answers
         return reply
 
-    def _branch(self, keys: Sequence[Key], *, anew: bool) -> Branch:
-        """The conversation that these messages go on with; else a fork of the one that they share
-        most with, or a new one.
+    async def _turn(self, keys: Sequence[Key], ask: Ask, *, anew: bool) -> Answer:
+        """One answer, in the conversation that it goes on with. One that is not given leaves
+        nothing behind.
 
         Args:
-            anew: do not go on with one.
+            anew: go on with none, but fork.
         """
-        best, most = None, 0
-        for branch in self._branches:
-            count = branch.shared(keys)
-            whole = count == len(branch.heard)
-            if whole and len(keys) > count and not anew:
-                _heard_again(branch)
-                return branch
-            if count > most:
-                best, most = branch, count
-        made = None if best is None else best.forked(most)
+        branch = self._branch(keys, anew=anew)
+        mark = branch.mark()
+        try:
+            answer, said = await self._say(branch, ask)
+        except BaseException:
+            branch.rewind(mark)
+            raise
+        if not branch.answers:
+            self._branches.append(branch)
+        branch.answers.append(answer)
+        self._talk.add(branch, mark.heard, keys, answer, said)
+        return answer
+
+    def _branch(self, keys: Sequence[Key], *, anew: bool) -> Branch:
+        """The conversation that these messages go on with; else a fork of the one that they share
+        most with, or a new one."""
+        node = self._talk.deepest(keys)
+        if node.branch is not None:
+            for heard in node.branch.heard[: node.depth]:  # the caller has what it sends
+                if heard.answer is not None:
+                    heard.answer.delivered = True
+        if node.ends and node.depth < len(keys) and not anew:
+            return node.ends[0]
+        made = None if node.branch is None else node.branch.forked(node.depth)
         if made is None:
-            made = Branch(self._policy.start(self._task))
-        else:
-            assert best is not None
-            _heard_again(best, upto=most)
-        place = f"{self._number}.{len(self._branches)}"
+            made = Branch(self._policy.start(self._task), node.branch)
+        place = f"{self._number}.{self._begun}"
+        self._begun += 1
         if place != "0.0":  # or it would draw the numbers of the first
             made.view.task = replace(self._task, id=f"{self._task.id}\0{place}")
-        self._branches.append(made)
         return made
 
-    async def _say(self, branch: Branch, keys: Sequence[Key], ask: Ask) -> Answer:
-        known = len(branch.heard)
+    async def _say(self, branch: Branch, ask: Ask) -> tuple[Answer, list[Key]]:
+        """The branch's next answer, and the keys that it may come back with."""
         before = len(branch.view.messages)
-        for key, wire in zip(keys[known:], ask.messages[known:], strict=True):
+        for wire in ask.messages[len(branch.heard) :]:
             self._hear(branch, wire, ask.tools)
-            branch.heard.append(Heard((key,), len(branch.view.messages)))
+            branch.heard.append(Heard(len(branch.view.messages)))
         context = tuple(branch.view.messages[before:])
         bounds = Bounds(ask.stop, ask.max_tokens)
         message = await self._policy.act_within(branch.view, ask.tools, bounds)
@@ -233,28 +255,31 @@ class Recorder:
                 param="messages",
             )
         self.turns += 1
-        calls = usable_calls(message, ask)
-        ids = [f"call_{self._number}_{self.turns}_{index}" for index in range(len(calls))]
-        branch.calls |= dict(zip(ids, calls, strict=True))
-        reply = reply_of(message, dict(zip(ids, calls, strict=True)), ask, self._renderer)
+        told = usable_calls(message, ask)
+        calls = {f"call_{self._number}_{self.turns}_{n}": call for n, call in enumerate(told)}
+        branch.calls |= calls
+        reply = reply_of(message, calls, ask, self._renderer)
         reply = replace(reply, not_enforced=not_followed(ask, bool(calls), self._settings))
-        answer = Answer(context, message, reply)
-        branch.answers.append(answer)
-        said = {
-            key_of(reply.choices[0].message),
-            said_key(self._renderer.codec.said(turn.token_ids)),
-        }
-        branch.heard.append(Heard(said, len(branch.view.messages), answer))
-        return answer
+        answer = Answer(context, message, reply, _asked(ask))
+        branch.heard.append(Heard(len(branch.view.messages), answer))
+        choice = reply.choices[0]
+        words = str(choice.message["content"] or "") + (choice.stopped_by or "")
+        whole = self._renderer.codec.said(turn.token_ids)
+        keys = [
+            key_of(choice.message),
+            said_key(whole),
+            key_of({**choice.message, "content": words}),
+        ]
+        return answer, list(dict.fromkeys(keys))
 
     def _hear(self, branch: Branch, wire: Wire, tools: Sequence[ToolSchema]) -> None:
         """Append to the view what a message of the caller says."""
         role, text = str(wire.get("role")), text_of(wire.get("content"))
         view, form = branch.view, self._renderer.tool_format
         told = ""
-        if form is not None and tools and self._describe and not branch.described:
+        if form is not None and tools and self._describe and branch.described is None:
             told = form.describe(tools)
-            branch.described = True
+            branch.described = len(view.messages)
         if role in ("system", "developer"):
             words = f"{text}\n\n{told}" if told else text
             view.add_messages(Message(words, MessageType.SYSTEM))
@@ -296,11 +321,10 @@ class Recorder:
         view.add_messages(message)
 
 
-def _heard_again(branch: Branch, upto: int | None = None) -> None:
-    """The caller has what it sends."""
-    for heard in branch.heard[:upto]:
-        if heard.answer is not None:
-            heard.answer.delivered = True
+def _asked(ask: Ask) -> tuple[Any, ...]:
+    """What tells requests apart that have the same messages."""
+    limits = ask.n, ask.stop, ask.max_tokens, ask.logprobs
+    return (*limits, ask.tools, ask.tool_choice, ask.parallel_tool_calls, dict(ask.sampling))
 
 
 def _check(ask: Ask, renderer: Renderer) -> None:
