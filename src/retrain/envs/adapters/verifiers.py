@@ -99,6 +99,13 @@ class _Traces:
         self.key = f"rk-{secrets.token_urlsafe(24)}"
         self.sessions: dict[str, Recorder] = {}
 
+    def check(self, *, name: str | None, key: str | None) -> None:
+        """
+        Raises:
+            RequestRefused: as `find`.
+        """
+        self.find(name=name, key=key)
+
     def find(self, *, name: str | None, key: str | None) -> Session:
         """
         Raises:
