@@ -87,10 +87,13 @@ class OneBook:
         self.session = session
         self.found: list[tuple[str | None, str | None]] = []
 
-    def find(self, *, name: str | None, key: str | None) -> Any:
-        self.found.append((name, key))
+    def check(self, *, name: str | None, key: str | None) -> None:
         if key == "wrong":
             raise RequestRefused("that key is unknown", status=401)
+
+    def find(self, *, name: str | None, key: str | None) -> Any:
+        self.check(name=name, key=key)
+        self.found.append((name, key))
         return self.session
 
 

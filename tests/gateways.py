@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import Any
 
-from retrain.engines import SamplingParams
+from retrain.engines.base import Completion, GenerateRequest, SamplingParams
+from retrain.engines.torch_engine import TorchEngine
 from retrain.gateway.recorder import Recorder
 from retrain.gateway.seats import Seats
 from retrain.gateway.server import GatewayServer
@@ -14,6 +16,19 @@ from retrain.rendering import Renderer
 from retrain.rollout.agent import EngineAgent
 from retrain.types import Rollout, Task
 from scripted import ScriptedEngine, check_ledger
+
+
+class Observed(TorchEngine):
+    """The real engine; keeps what it is asked and answers."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.seen: list[tuple[list[int], Completion]] = []
+
+    async def generate(self, request: GenerateRequest) -> Completion:
+        completion = await super().generate(request)
+        self.seen.append((list(request.prompt_ids), completion))
+        return completion
 
 
 @dataclass(frozen=True)

@@ -299,6 +299,12 @@ def test_the_configs_and_the_protocol_on_the_page_about_agents(
     assert agents[:5] == ["host", *["guest"] * 4]
 
 
+def test_the_config_on_the_page_about_the_gateway(tmp_path: Path) -> None:
+    config = load_config(unpack("docs/gateway.md", tmp_path) / "gateway.yaml", runs=False)
+    assert config.gateway is not None and config.gateway.upstream is not None
+    assert f"http://127.0.0.1:{config.gateway.port}" in (ROOT / "docs/gateway.md").read_text()
+
+
 def test_the_page_about_rewards_is_what_the_script_writes() -> None:
     path = ROOT / "scripts" / "reward_reference.py"
     spec = importlib.util.spec_from_file_location("reward_reference", path)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from openai import AsyncOpenAI
 
+from gateways import Observed
 from retrain import algorithms
-from retrain.engines.base import Completion, GenerateRequest, SamplingParams
-from retrain.engines.torch_engine import TorchEngine
+from retrain.engines.base import SamplingParams
 from retrain.gateway.recorder import Recorder
 from retrain.gateway.seats import Seats
 from retrain.gateway.server import GatewayServer
@@ -28,19 +28,6 @@ from test_learner import assert_same, exact
 from tiny import tiny_gpt2, tiny_qwen3
 
 TASK = Task("t", ())
-
-
-class Observed(TorchEngine):
-    """Keeps what it is asked and answers."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.seen: list[tuple[list[int], Completion]] = []
-
-    async def generate(self, request: GenerateRequest) -> Completion:
-        completion = await super().generate(request)
-        self.seen.append((list(request.prompt_ids), completion))
-        return completion
 
 
 async def conversation(renderer: Renderer, engine: Observed) -> Rollout:

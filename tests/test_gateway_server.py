@@ -64,7 +64,8 @@ async def test_the_session_is_found_by_path_header_and_key() -> None:
         assert (await call(f"{url}{CHAT}", GOOD))[0] == 200
         await call(f"{url}/sessions/s1{CHAT}", GOOD, Authorization="Bearer k1")
         await call(f"{url}{CHAT}", GOOD, **{"X-Retrain-Session": "s2", "x-api-key": "k2"})
-        await call(f"{url}/sessions/s3/models", **{"X-Retrain-Session": "s2"})
+        await call(f"{url}/sessions/s3{CHAT}", GOOD, **{"X-Retrain-Session": "s2"})
+        await call(f"{url}/sessions/s4/models")  # opens none
         await call(f"{url}{CHAT}", GOOD, Authorization="Basic abc")
     assert book.found == [(None, None), ("s1", "k1"), ("s2", "k2"), ("s3", None), (None, None)]
 

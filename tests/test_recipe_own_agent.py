@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from other_agents import AGENTS, share_right
 from recipe_pages import ROOT, check_what_trains
 from retrain import load_config
 from retrain.recipes.own_agent import tasks
@@ -151,3 +152,9 @@ def test_the_same_agent_works_on_the_trained_model(walk: Walk) -> None:
     [(right, asked)] = re.findall(r"(\d+) of (\d+) right", walk.said["serve"])
     after = walk.success("own-agent-rl-latest", "after")
     assert int(right) / int(asked) == pytest.approx(after, abs=0.1)
+
+
+@pytest.mark.parametrize("framework", AGENTS)
+async def test_the_trained_model_works_in_other_frameworks(walk: Walk, framework: str) -> None:
+    checkpoint = walk.path / "runs" / "own-agent-rl-latest" / "checkpoints" / "rl"
+    assert await share_right(checkpoint, framework, 30) >= 0.6
