@@ -93,6 +93,7 @@ async def test_the_session_gets_what_was_asked() -> None:
         "seed": 3,
         "top_logprobs": 2,
         "top_k": 4,
+        "something_else": [1],
         "response_format": {"type": "json_object"},
     }
 

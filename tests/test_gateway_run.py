@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +80,26 @@ def run(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def start(*arguments: str, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    code = "from retrain.cli import main; main()"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, "gateway", *arguments],
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", **variables},
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=cwd,
+    )
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    for _ in range(300):
+        if condition():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it did not come about")
+
+
 def records(tmp_path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
 
@@ -118,6 +141,7 @@ def test_the_model_of_the_config_keeps_its_tokens(tmp_path: Path) -> None:
         reply.strip() for reply in replies
     ]
     assert (rollout.reward, rollout.env_rewards) == (0.5, [0.0, 0.5])
+    assert rollout.metrics["reward_given"] == 1.0
     assert rollout.task is not None and rollout.task.metadata == {"answer": 7}
     (segment,) = rollout.segments
     sampled = [s == Source.SAMPLED for s in segment.source]
@@ -155,15 +179,7 @@ def test_it_serves_until_it_is_stopped(tmp_path: Path) -> None:
     rollouts = str(tmp_path / "rollouts.jsonl.gz")
     settings = {"keys_env": "CALLERS", "idle_s": 0.1, "rollouts": rollouts}
     path = config(tmp_path, host="0.0.0.0", max_body_mb=0.001, **settings)
-    code = "from retrain.cli import main; main()"
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    variables = {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CALLERS": "one, two"}
-    server = subprocess.Popen(
-        [sys.executable, "-c", code, "gateway", str(path)],
-        env={**os.environ, **variables},
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    server = start(str(path), CALLERS="one, two")
     try:
         assert server.stderr is not None
         line = server.stderr.readline()
@@ -178,18 +194,49 @@ def test_it_serves_until_it_is_stopped(tmp_path: Path) -> None:
         bearer = {"Authorization": "Bearer one"}
         answer = httpx2.post(f"{url}/v1/chat/completions", json=body, headers=bearer)
         assert answer.status_code == 413
+        listed = httpx2.get(f"{url}/v1/models", headers=bearer).json()["data"]
+        assert [model["id"] for model in listed] == ["policy"]
         written = tmp_path / "rollouts.jsonl.gz"
-        for _ in range(100):
-            if len(list(read_rollouts(written))) == 2:
-                break
-            signal.sigtimedwait([], 0.1)
+        wait_for(lambda: len(list(read_rollouts(written))) == 2)
+        body["messages"][0]["content"] = "1+1?"
+        httpx2.post(f"{url}/v1/chat/completions", json=body, headers=bearer)
+        wait_for(lambda: len(list(read_rollouts(written))) == 3)
         server.send_signal(signal.SIGINT)
         rest = server.communicate(timeout=60)[1]
     finally:
         server.kill()
-    assert "served 2 answers in 2 sessions; 2 rollouts" in rest
+    assert "served 3 answers in 3 sessions; 3 rollouts" in rest
     assert "three" not in rest and server.returncode == 0
-    assert len(list(read_rollouts(written))) == 2
+    rollouts_of_it = list(read_rollouts(written))
+    one = f"key-{hashlib.sha256(b'one').hexdigest()[:16]}"
+    ids = [rollout.id for rollout in rollouts_of_it]
+    assert len(set(ids)) == 3 and ids[2] == f"{one}~2" and one in ids
+    assert [rollout.metrics["reward_given"] for rollout in rollouts_of_it] == [0.0] * 3
+
+
+def test_a_command_that_is_killed_says_so_by_its_exit_code(tmp_path: Path) -> None:
+    path = config(tmp_path, upstream={"url": "http://127.0.0.1:9"})
+    script = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    assert run(str(path), "--", sys.executable, "-c", script).returncode == 128 + signal.SIGKILL
+
+
+def test_the_gateway_stops_its_command_when_it_is_stopped(tmp_path: Path) -> None:
+    """Also one that does not listen."""
+    path = config(tmp_path, upstream={"url": "http://127.0.0.1:9"})
+    script = (
+        "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
+        "open('pid', 'w').write(str(os.getpid())); os.rename('pid', 'ready'); time.sleep(60)"
+    )
+    server = start(str(path), "--", sys.executable, "-c", script, cwd=tmp_path)
+    try:
+        wait_for((tmp_path / "ready").exists)
+        server.send_signal(signal.SIGTERM)
+        server.communicate(timeout=60)
+    finally:
+        server.kill()
+    assert server.returncode == 128 + signal.SIGTERM
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "ready").read_text()), 0)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +261,11 @@ def test_what_cannot_be_had_is_said(tmp_path: Path) -> None:
     path = config(tmp_path, upstream={"url": "http://127.0.0.1:9", "api_key_env": "NO_SUCH"})
     done = run(str(path))
     assert done.returncode == 2 and "NO_SUCH" in done.stderr
+    (tmp_path / "file").touch()
+    path = config(tmp_path, rollouts=str(tmp_path / "file" / "below"))
+    path.write_text(path.read_text().replace("runs:corpus", "nothing:there"))
+    done = run(str(path))
+    assert done.returncode == 2 and "gateway.rollouts" in done.stderr, "told before the model is"
     path = config(tmp_path, upstream={"url": "http://127.0.0.1:9"})
     done = run(str(path), "--", "no-such-program")
     assert done.returncode == 2 and "no-such-program cannot be started" in done.stderr

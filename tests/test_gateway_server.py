@@ -58,6 +58,16 @@ def test_a_path_names_a_session_and_an_endpoint(path: str, expected: tuple[Any, 
     assert place(path) == expected
 
 
+@pytest.mark.parametrize(
+    "path, status",
+    [("/sessions//v1/chat/completions", 404), ("/sessions/", 404), ("/sessions/a%ff/v1/x", 400)],
+)
+def test_a_path_that_names_no_session_is_refused(path: str, status: int) -> None:
+    with pytest.raises(RequestRefused) as refused:
+        place(path)
+    assert refused.value.status == status
+
+
 async def test_the_session_is_found_by_path_header_and_key() -> None:
     async with serving(Prescribed()) as (server, book):
         url = server.url

@@ -9,9 +9,11 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 from aiohttp import web
 
+from answering import serving
 from retrain.gateway.ask import Ask, RequestRefused
 from retrain.gateway.records import RecordedSession, Records
 from retrain.gateway.upstream import TextSession, Upstream
@@ -180,3 +182,65 @@ async def test_records_are_whole_lines_and_tools_are_told_when_they_change(tmp_p
     assert exchanges[3]["reward"] == 1.0 and records.exchanges == 3
     with pytest.raises(UserError, match="cannot be written"):
         Records(tmp_path / "records.jsonl" / "below")
+
+
+async def test_what_some_endpoints_answer_is_read() -> None:
+    """Parts, thoughts among them; calls without an id; an answer of nothing is none."""
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}
+    parts = [thought, {"type": "text", "text": "it "}, {"type": "text", "text": "is"}]
+    function = {"name": "f", "arguments": {"a": 1}}
+    call = {"id": "", "type": "function", "function": function}
+    async with endpoint(retries=0) as (made, upstream):
+        said = {"content": parts}, {"content": None, "tool_calls": [call, call]}
+        made.queue = [(200, {"choices": [{"message": each}]}) for each in said]
+        made.queue += [(200, {"choices": []}), (307, {})]
+        first, second = [(await upstream.answer(Ask((USER,)))).choices[0] for _ in range(2)]
+        for fault in ("no chat completion", "answers 307"):
+            with pytest.raises(RequestRefused, match=fault) as refused:
+                await upstream.answer(Ask((USER,)))
+            assert refused.value.status == 502
+    assert (first.message["content"], first.message["reasoning_content"]) == ("it is", "hm")
+    calls = second.message["tool_calls"]
+    assert [each["function"]["arguments"] for each in calls] == ['{"a": 1}'] * 2
+    assert "" not in {each["id"] for each in calls} and calls[0]["id"] != calls[1]["id"]
+
+
+async def test_waiting_for_a_turn_is_no_part_of_an_attempt() -> None:
+    async with endpoint(retries=0, timeout_s=0.4, max_concurrency=1) as (made, upstream):
+        made.queue = [0.15] * 5
+        await asyncio.gather(*(upstream.answer(Ask((USER,))) for _ in range(5)))
+    assert made.most == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": 2},
+        {"tools": (TOOL,)},
+        {"tool_choice": "none"},
+        {"stop": ("x",)},
+        {"max_tokens": 5},
+        {"model": "other"},
+        {"sampling": {"temperature": 0}},
+    ],
+)
+async def test_a_lost_answer_is_that_of_the_same_request(change: dict[str, Any]) -> None:
+    async with endpoint() as (made, upstream):
+        session = TextSession(upstream)
+        lost = await session.answer(Ask((USER,), gone=lambda: True))
+        assert await session.answer(Ask((USER,), **change)) is not lost
+        assert await session.answer(Ask((USER,))) is lost
+    assert len(made.bodies) == 2
+
+
+async def test_callers_do_not_try_again_with_a_wrong_key_of_ours() -> None:
+    async with (
+        endpoint(api_key="sk-secret") as (made, upstream),
+        serving(TextSession(upstream)) as (server, _),
+        httpx2.AsyncClient() as caller,
+    ):
+        made.queue = [(403, {}), (501, {}), (501, {}), (501, {})]
+        url, body = f"{server.url}/v1/chat/completions", {"model": "m", "messages": [USER]}
+        answers = [await caller.post(url, json=body) for _ in range(2)]
+    told = [(each.status_code, each.headers.get("x-should-retry")) for each in answers]
+    assert told == [(502, "false"), (502, None)]

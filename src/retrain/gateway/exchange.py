@@ -68,7 +68,8 @@ class Exchange:
         """The response, sent already.
 
         Raises:
-            Exception: of the session, where nothing is sent yet.
+            Exception: of the session, where nothing is sent yet; or the answer cannot be written
+                in its dialect, and so is not kept for who asks again.
         """
         patience = HEADERS_AFTER_S if self._ask.stream else None
         await asyncio.wait((self.answering,), timeout=patience)
@@ -78,12 +79,12 @@ class Exchange:
         headers = {}
         if reply.not_enforced:
             headers[NOT_ENFORCED_HEADER] = ", ".join(reply.not_enforced)
+        if self._ask.stream:
+            response = event_response(self._events(reply), headers)
+        else:
+            response = json_response(self._dialect.write(reply, self._ask), 200, headers)
         arrived = False
         try:
-            if self._ask.stream:
-                response = event_response(self._events(reply), headers)
-            else:
-                response = json_response(self._dialect.write(reply, self._ask), 200, headers)
             arrived = await deliver(self._request, response)
         finally:
             if not arrived:

@@ -83,15 +83,27 @@ def place(path: str) -> tuple[str | None, str]:
     """The session that a path names, and the rest without `/v1`.
 
     Clients that add `/v1` to a URL that has it, or miss it, get there too.
+
+    Raises:
+        RequestRefused: 404, the name is empty; 400, an escape is not UTF-8.
     """
-    parts = [unquote(part) for part in path.split("/") if part]
+    pieces = path.lstrip("/").split("/")
     name = None
-    if len(parts) > 1 and parts[0] == "sessions":
-        name = parts[1]
-        parts = parts[2:]
+    if len(pieces) > 1 and pieces[0] == "sessions":
+        if not pieces[1]:
+            raise RequestRefused("the path names no session", status=404)
+        name, pieces = _unescaped(pieces[1]), pieces[2:]
+    parts = [_unescaped(piece) for piece in pieces if piece]
     while parts and parts[0] == "v1":
         parts = parts[1:]
     return name, "/".join(parts)
+
+
+def _unescaped(piece: str) -> str:
+    try:
+        return unquote(piece, errors="strict")
+    except UnicodeDecodeError:
+        raise RequestRefused("the path has an escape that is not UTF-8") from None
 
 
 def api_key(headers: Mapping[str, str]) -> str | None:

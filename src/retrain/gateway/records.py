@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,40 +21,47 @@ from retrain.gateway.history import digests, key_of, link
 from retrain.gateway.session import Session
 from retrain.types import UserError
 
+MOST_WRITTEN = 256
 MOST_KNOWN = 20_000
 """Beginnings of conversations that a session remembers; the oldest go first, and what goes on from
 them then begins a conversation of its own."""
 
 
-class Records:
-    """An append-only file of JSON lines, each written in one piece.
+class AppendOnly:
+    """A file that grows by whole pieces: one that cannot be written to its end leaves nothing.
+
+    Args:
+        key: of the config, which names the file.
 
     Raises:
         UserError: it cannot be written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, key: str) -> None:
         self.path = path
-        self.exchanges = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("ab", buffering=0)
-            torn = self._file.tell() > 0 and _last_byte(path) != b"\n"
+            self.last = _last_byte(path) if self._file.tell() else b""
+            """Byte of what was there before."""
         except OSError as error:
             raise UserError(
-                f"gateway.records: {path} cannot be written: {error.strerror}", "Check the path."
+                f"{key}: {path} cannot be written: {error.strerror}", "Check the path."
             ) from None
-        if torn:
-            self._file.write(b"\n")
 
-    def write(self, line: Mapping[str, Any]) -> None:
+    def write(self, piece: bytes) -> None:
         """
         Raises:
             OSError: the disk is full, say.
         """
-        text = json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
-        self._file.write(text.encode("utf-8", "replace"))
-        self.exchanges += line["type"] == "exchange"
+        start = self._file.seek(0, os.SEEK_END)
+        left = memoryview(piece)
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError:
+            self._file.truncate(start)
+            raise
 
     def close(self) -> None:
         os.fsync(self._file.fileno())
@@ -65,6 +72,33 @@ def _last_byte(path: Path) -> bytes:
     with path.open("rb") as file:
         file.seek(-1, os.SEEK_END)
         return file.read(1)
+
+
+class Records:
+    """An append-only file of JSON lines.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.exchanges = 0
+        self._file = AppendOnly(path, "gateway.records")
+        if self._file.last not in (b"", b"\n"):
+            self._file.write(b"\n")
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """
+        Raises:
+            OSError: as `AppendOnly.write`.
+        """
+        text = json.dumps(line, ensure_ascii=False, separators=(",", ":")) + "\n"
+        self._file.write(text.encode("utf-8", "replace"))
+        self.exchanges += line["type"] == "exchange"
+
+    def close(self) -> None:
+        self._file.close()
 
 
 @dataclass(frozen=True)
@@ -97,21 +131,28 @@ class RecordedSession:
         self._begun = 0
         self._tag = secrets.token_hex(4)
         """A session of that name may have been open before."""
-        self._written: deque[str] = deque(maxlen=256)
-        """Ids of the latest replies: one that is asked for again is not written again."""
+        self._written: OrderedDict[str, int] = OrderedDict()
+        """Of the latest replies, by id, the choices that are written: one that is asked for again
+        is not written again."""
 
     async def answer(self, ask: Ask) -> Reply:
         """
         Raises:
             RequestRefused: as the inner session.
+            OSError: the answer cannot be written; who asks again gets the same.
         """
         reply = await self.inner.answer(ask)
-        if reply.id in self._written:
-            return reply
-        self._written.append(reply.id)
-        chain = digests(map(key_of, ask.messages))
-        for choice in reply.choices:
-            self._write(ask, chain, reply, choice.message, choice.finish_reason)
+        written = self._written.get(reply.id, 0)
+        chain = digests(map(key_of, ask.messages)) if written < len(reply.choices) else []
+        try:
+            for count, choice in enumerate(reply.choices[written:], written + 1):
+                self._write(ask, chain, reply, choice.message, choice.finish_reason)
+                self._written[reply.id] = count
+        except OSError:
+            self.inner.undelivered(reply)
+            raise
+        while len(self._written) > MOST_WRITTEN:
+            self._written.popitem(last=False)
         return reply
 
     def undelivered(self, reply: Reply) -> None:
@@ -163,10 +204,15 @@ class RecordedSession:
 
     def _remember(self, chain: Sequence[str], place: _Place, message: Wire) -> None:
         end = link(chain[-1], key_of(message))
+        if end in self._places:
+            self._close(self._places[end])
         self._places[end] = replace(place, messages=len(chain))
         self._places.move_to_end(end)
         self._ends[place.conversation] = len(chain)
         while len(self._places) > MOST_KNOWN:
-            _, gone = self._places.popitem(last=False)
-            if self._ends.get(gone.conversation) == gone.messages:
-                del self._ends[gone.conversation]
+            self._close(self._places.popitem(last=False)[1])
+
+    def _close(self, gone: _Place) -> None:
+        """Nothing can go on from there any more."""
+        if self._ends.get(gone.conversation) == gone.messages:
+            del self._ends[gone.conversation]

@@ -40,6 +40,13 @@ class Seats:
         seat, _ = self._seats.pop(name)
         del self._by_key[seat.key]
 
+    def check(self, *, name: str | None, key: str | None) -> None:
+        """
+        Raises:
+            RequestRefused: as `find`.
+        """
+        self.find(name=name, key=key)
+
     def find(self, *, name: str | None, key: str | None) -> Session:
         """
         Raises:

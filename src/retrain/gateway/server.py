@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,7 +28,7 @@ from retrain.gateway.http import (
 )
 from retrain.gateway.session import Session, SessionBook
 from retrain.gateway.wire import Dialect, anthropic, chat
-from retrain.gateway.wire.errors import read_object, refusal_of
+from retrain.gateway.wire.errors import UPSTREAM_REFUSED, read_object, refusal_of
 from retrain.gateway.wire.fields import mapping, wrong
 from retrain.gateway.wire.responses import Responses
 from retrain.types import UserError
@@ -128,17 +128,19 @@ class GatewayServer:
         await runner.cleanup()
 
     async def _handle(self, request: Request) -> Response:
-        name, endpoint = place(request.rel_url.raw_path)
-        name = name or request.headers.get(self._session_header) or None
-        dialect = self._dialects.get(endpoint.partition("/")[0], chat)
+        dialect: Dialect = chat
         try:
+            name, endpoint = place(request.rel_url.raw_path)
+            dialect = self._dialects.get(endpoint.partition("/")[0], chat)
+            name = name or self._session_named(request)
             return await self._route(request, name, endpoint)
         except CallerGone:
             return json_response({}, 499)
         except Exception as error:
             refused = self._refused(error)
             headers = {}
-            if refused.status < 500 and refused.status not in (408, 429):
+            passing = refused.status >= 500 or refused.status in (408, 429)
+            if not passing or refused.code == UPSTREAM_REFUSED:
                 headers["x-should-retry"] = "false"
             if isinstance(refused, WrongMethod):
                 headers["Allow"] = refused.allowed
@@ -148,18 +150,19 @@ class GatewayServer:
         if endpoint == "health":
             check_method(request, "GET, HEAD")
             return json_response({"status": "ok"})
+        key = api_key(request.headers)
         kind, _, model = endpoint.partition("/")
         if kind == "models":
             check_method(request, "GET, HEAD")
-            self._session(request, name)
+            self._book.check(name=name, key=key)
             return json_response(self._listing(model))
         if endpoint not in self._dialects and endpoint != "reward":
             raise RequestRefused(f"there is nothing at {request.rel_url.raw_path}", status=404)
         check_method(request, "POST")
-        session = self._session(request, name)
+        self._book.check(name=name, key=key)
         body = read_object(await read_body(request, self._most_bytes))
         if endpoint == "reward":
-            return _noted(session, body)
+            return _noted(self._book.find(name=name, key=key), body)
         dialect = self._dialects[endpoint]
         headers = request.headers
         if name is not None:
@@ -168,13 +171,23 @@ class GatewayServer:
         ask = dialect.read(body, headers)
         if self._runner is None:
             raise closing()
+        session = self._book.find(name=name, key=key)  # it may have ended while the body came
         exchange = Exchange(request, session, dialect, ask, self._refused)
         self._answers.add(exchange.answering)
         exchange.answering.add_done_callback(self._answers.discard)
         return await exchange.respond()
 
-    def _session(self, request: Request, name: str | None) -> Session:
-        return self._book.find(name=name, key=api_key(request.headers))
+    def _session_named(self, request: Request) -> str | None:
+        """
+        Raises:
+            RequestRefused: the header is not UTF-8.
+        """
+        name: str | None = request.headers.get(self._session_header) or None
+        try:
+            (name or "").encode()
+        except UnicodeEncodeError:
+            raise RequestRefused(f"{self._session_header} is not UTF-8") from None
+        return name
 
     def _refused(self, error: Exception) -> RequestRefused:
         """What to tell of a failure. One of no known kind is logged, the first of its type with
@@ -228,7 +241,7 @@ def _noted(session: Session, body: Mapping[str, Any]) -> Response:
     if reward is not None:
         if isinstance(reward, bool) or not isinstance(reward, int | float):
             raise wrong("reward", "a number or null", reward)
-        if not math.isfinite(reward):
+        if not abs(reward) <= sys.float_info.max:
             raise wrong("reward", "finite", reward)
     session.note(reward, mapping({} if metadata is None else metadata, "metadata"))
     return json_response({"status": "ok"})

@@ -34,6 +34,14 @@ class Session(Protocol):
 class SessionBook(Protocol):
     """Finds the session that a request belongs to."""
 
+    def check(self, *, name: str | None, key: str | None) -> None:
+        """What `find` would refuse is refused; no session is opened.
+
+        Raises:
+            RequestRefused: as `find`.
+        """
+        ...
+
     def find(self, *, name: str | None, key: str | None) -> Session:
         """
         Args:

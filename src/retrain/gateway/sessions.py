@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 import time
 from collections import OrderedDict
@@ -12,6 +13,8 @@ from typing import Any
 
 from retrain.gateway.ask import Ask, Reply, RequestRefused
 from retrain.gateway.session import Session
+
+log = logging.getLogger("retrain.gateway")
 
 MOST_SESSIONS = 100_000
 """Open at once; the one that was longest silent ends first."""
@@ -49,28 +52,44 @@ class Sessions:
         self._keys = None if keys is None else [key.encode() for key in keys]
         self._idle_s = idle_s
         self._open: OrderedDict[str, _Open] = OrderedDict()
+        self._logged: set[str] = set()
+        self.failed = 0
+        """Sessions whose `ended` raised."""
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def check(self, *, name: str | None, key: str | None) -> None:
+        """
+        Raises:
+            RequestRefused: the key is missing or wrong.
+        """
+        if self._keys is not None:
+            given = _bytes(key or "")
+            if not any([secrets.compare_digest(given, known) for known in self._keys]):
+                raise RequestRefused("the API key is missing or wrong", status=401)
 
     def find(self, *, name: str | None, key: str | None) -> Session:
         """
         Raises:
             RequestRefused: the key is missing or wrong.
         """
-        if self._keys is not None:
-            given = (key or "").encode()
-            if not any([secrets.compare_digest(given, known) for known in self._keys]):
-                raise RequestRefused("the API key is missing or wrong", status=401)
+        self.check(name=name, key=key)
         if name is None:
             name = "default"
             if key is not None:
-                name = f"key-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+                name = f"key-{hashlib.sha256(_bytes(key)).hexdigest()[:16]}"
         if name not in self._open:
             self._open[name] = _Open(self._make(name), time.monotonic())
-        self._open[name].asked = time.monotonic()
-        self._open.move_to_end(name)
-        return _Visit(self._open[name])
+        visit = _Visit(self, name, self._open[name])
+        self.touch(visit)
+        return visit
+
+    def touch(self, visit: _Visit) -> None:
+        """Its session's silence begins now."""
+        visit.held.asked = time.monotonic()
+        if self._open.get(visit.name) is visit.held:
+            self._open.move_to_end(visit.name)
 
     def sweep(self) -> None:
         """End the sessions that nobody has asked for long."""
@@ -88,13 +107,27 @@ class Sessions:
             self._end(name)
 
     def _end(self, name: str) -> None:
-        self._ended(name, self._open.pop(name).session)
+        session = self._open.pop(name).session
+        try:
+            self._ended(name, session)
+        except Exception as error:
+            self.failed += 1
+            kind = type(error).__name__
+            if kind not in self._logged:
+                self._logged.add(kind)
+                log.error("the end of a session failed: %s", kind, exc_info=error)
+
+
+def _bytes(key: str) -> bytes:
+    return key.encode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True)
 class _Visit:
-    """A request's hold on a session: it does not end meanwhile."""
+    """A request at a session, which does not end while it is answered."""
 
+    book: Sessions
+    name: str
     held: _Open
 
     async def answer(self, ask: Ask) -> Reply:
@@ -103,7 +136,7 @@ class _Visit:
             return await self.held.session.answer(ask)
         finally:
             self.held.under_way -= 1
-            self.held.asked = time.monotonic()
+            self.book.touch(self)
 
     def undelivered(self, reply: Reply) -> None:
         self.held.session.undelivered(reply)

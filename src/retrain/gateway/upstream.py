@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import secrets
 from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +20,7 @@ from retrain.engines.openai.transport import (
 )
 from retrain.gateway.ask import Ask, Choice, Finish, Reply, RequestRefused, TokenLogprob
 from retrain.gateway.history import digests, key_of
+from retrain.gateway.wire.errors import UPSTREAM_REFUSED
 from retrain.types import InfrastructureError
 
 MOST_REMEMBERED = 256
@@ -34,7 +36,7 @@ class Upstream:
         url: the API's base, such as `https://api.openai.com/v1`.
         model: asked for instead of what requests name.
         api_key: of the endpoint; callers never see it.
-        timeout_s: of one attempt.
+        timeout_s: of one attempt, from its turn on.
         retries: further attempts where the endpoint fails or is busy.
         max_concurrency: most requests at once.
 
@@ -62,6 +64,7 @@ class Upstream:
         self._max_concurrency = max_concurrency
         self._length_key = "max_tokens"
         self._clients = PerLoop(self._open)
+        self._turns = PerLoop(lambda: asyncio.Semaphore(max_concurrency))
 
     async def answer(self, ask: Ask) -> Reply:
         """
@@ -111,7 +114,7 @@ class Upstream:
         import httpx2
 
         try:
-            async with asyncio.timeout(self._timeout_s) as clock:
+            async with self._turns.here(), asyncio.timeout(self._timeout_s) as clock:
                 response = await self._clients.here().post(self._address, json=body)
         except TimeoutError:
             if not clock.expired():
@@ -123,7 +126,14 @@ class Upstream:
         if status >= 500 or status in PASSING:
             after = retry_after_s(response.headers.get("retry-after"))
             raise Later(f"answered {status}: {self._shown(response.text)}", after)
-        if status >= 300:
+        if 300 <= status < 400:
+            raise RequestRefused(
+                f"the upstream answers {status}, that it is elsewhere; "
+                "gateway.upstream.url must be its own address",
+                status=502,
+                code=UPSTREAM_REFUSED,
+            )
+        if status >= 400:
             self._refuse(status, response.text, body)
         try:
             return response.json()
@@ -145,16 +155,20 @@ class Upstream:
         except (ValueError, KeyError, TypeError):
             said = None
         error = said if isinstance(said, Mapping) else {"message": text}
+        code = error.get("code") if isinstance(error.get("code"), str) else None
+        ours = status in (401, 403)  # the key is not the caller's
         raise RequestRefused(
             f"the upstream model refuses the request: {self._shown(str(error.get('message')))}",
-            status=502 if status in (401, 403) else status,  # the key is not the caller's
-            code=error.get("code") if isinstance(error.get("code"), str) else None,
+            status=502 if ours else status,
+            code=UPSTREAM_REFUSED if ours else code,
             param=error.get("param") if isinstance(error.get("param"), str) else None,
         )
 
     def _reply(self, answer: Any, ask: Ask) -> Reply:
         try:
             choices = tuple(_read_choice(choice) for choice in answer["choices"])
+            if not choices:
+                raise ValueError("no choices")
             usage = answer.get("usage") or {}
             details = usage.get("prompt_tokens_details") or {}
             return Reply(
@@ -190,7 +204,7 @@ class TextSession:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
         self._given: OrderedDict[str, str] = OrderedDict()
-        """By the id of a reply: the digest of what was asked."""
+        """By the id of a reply: what was asked."""
         self._unheard: OrderedDict[str, Reply] = OrderedDict()
 
     async def answer(self, ask: Ask) -> Reply:
@@ -198,7 +212,7 @@ class TextSession:
         Raises:
             RequestRefused: as `Upstream.answer`.
         """
-        asked = digests(map(key_of, ask.messages))[-1]
+        asked = _request_key(ask)
         reply = self._unheard.pop(asked, None) or await self._upstream.answer(ask)
         self._given[reply.id] = asked
         _bound(self._given)
@@ -220,6 +234,23 @@ def _bound(remembered: OrderedDict[str, Any]) -> None:
         remembered.popitem(last=False)
 
 
+def _request_key(ask: Ask) -> str:
+    """The same for requests that may be answered the same."""
+    settings = (
+        ask.model,
+        ask.n,
+        ask.tools,
+        ask.tool_choice,
+        ask.parallel_tool_calls,
+        ask.stop,
+        ask.max_tokens,
+        ask.logprobs,
+        dict(ask.sampling),
+    )
+    said = digests(map(key_of, ask.messages))[-1]
+    return said + json.dumps(settings, sort_keys=True, default=str)
+
+
 def _choice(choice: str) -> Any:
     kind, colon, name = choice.partition(":")
     return {"type": "function", "function": {"name": name}} if colon and kind == "tool" else choice
@@ -227,22 +258,13 @@ def _choice(choice: str) -> Any:
 
 def _read_choice(choice: Mapping[str, Any]) -> Choice:
     said = choice["message"]
-    message: dict[str, Any] = {"role": "assistant", "content": said.get("content")}
-    reasoning = said.get("reasoning_content") or said.get("reasoning")
+    content, thought = _read_content(said.get("content"))
+    message: dict[str, Any] = {"role": "assistant", "content": content}
+    reasoning = said.get("reasoning_content") or said.get("reasoning") or thought
     if isinstance(reasoning, str) and reasoning:
         message["reasoning_content"] = reasoning
     if said.get("tool_calls"):
-        message["tool_calls"] = [
-            {
-                "id": str(call["id"]),
-                "type": "function",
-                "function": {
-                    "name": str(call["function"]["name"]),
-                    "arguments": str(call["function"]["arguments"]),
-                },
-            }
-            for call in said["tool_calls"]
-        ]
+        message["tool_calls"] = [_read_call(call) for call in said["tool_calls"]]
     elif message["content"] is None:
         message["content"] = said.get("refusal") or ""
     finish = choice.get("finish_reason")
@@ -253,6 +275,41 @@ def _read_choice(choice: Mapping[str, Any]) -> Choice:
         finish if finish in _FINISHES else usual,
         logprobs=None if tokens is None else tuple(map(_read_logprob, tokens)),
     )
+
+
+def _read_content(content: Any) -> tuple[str | None, str]:
+    """What is said, and what was thought before; some endpoints give both as parts.
+
+    Raises:
+        ValueError: neither text nor parts of it.
+    """
+    if content is None or isinstance(content, str):
+        return content, ""
+    if not isinstance(content, list):
+        raise ValueError("content")
+    said, thought = [], []
+    for part in content:
+        kind = "text" if isinstance(part, str) else part["type"]
+        if kind == "thinking":
+            inner, _ = _read_content(part["thinking"])
+            thought.append(inner or "")
+        elif kind in ("text", "refusal"):
+            said.append(part if isinstance(part, str) else str(part[kind]))
+        else:
+            raise ValueError(kind)
+    return "".join(said) or None, "".join(thought)
+
+
+def _read_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    name, arguments = call["function"]["name"], call["function"].get("arguments")
+    return {
+        "id": str(call.get("id") or f"call_{secrets.token_hex(8)}"),
+        "type": "function",
+        "function": {
+            "name": str(name),
+            "arguments": arguments if isinstance(arguments, str) else json.dumps(arguments or {}),
+        },
+    }
 
 
 def _read_logprob(token: Mapping[str, Any]) -> TokenLogprob:

@@ -7,8 +7,8 @@ import gzip
 import os
 import secrets
 from collections.abc import Callable, Collection, Sequence
-from contextlib import AsyncExitStack, suppress
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,7 +18,7 @@ from retrain.engines import SamplingParams
 from retrain.engines.base import Bounds, Engine
 from retrain.engines.openai import read_key
 from retrain.gateway.recorder import Recorder
-from retrain.gateway.records import RecordedSession, Records
+from retrain.gateway.records import AppendOnly, RecordedSession, Records
 from retrain.gateway.server import GatewayServer
 from retrain.gateway.session import Session
 from retrain.gateway.sessions import Sessions
@@ -36,6 +36,8 @@ from retrain.types import Message, Rollout, Task, UserError
 
 SWEEP_S = 1.0
 """Between two looks for sessions that are over."""
+PATIENCE_S = 5.0
+"""With a command that is asked to end; then it is killed."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Report:
     sessions: int
     rollouts: int
     exit_code: int
-    """Of the command, where there was one."""
+    """Of the command, where there was one; 1 where a session's end failed."""
 
 
 async def serve(
@@ -77,7 +79,11 @@ async def serve(
         sessions = Sessions(open_session, ended, keys=keys, idle_s=section.idle_s)
         closing.callback(sessions.close)
         server = GatewayServer(
-            sessions, host=section.host, port=section.port, max_body_mb=section.max_body_mb
+            sessions,
+            host=section.host,
+            port=section.port,
+            models=_models(config, section),
+            max_body_mb=section.max_body_mb,
         )
         await server.start()
         closing.push_async_callback(server.close)
@@ -85,23 +91,33 @@ async def serve(
         closing.callback(sweeping.cancel)
         who = section.upstream.url if section.upstream else "the model of the config"
         say(f"gateway: {server.url} answers with {who}; records go to {records.path}")
-        with Stop() as stop, suppress(Interrupted):
-            if command:
-                count.exit_code = await stop.watch(_command(command, server.url, keys))
-            else:
-                say(f"  OPENAI_BASE_URL={server.url}/v1  ANTHROPIC_BASE_URL={server.url}")
-                say("  Ctrl-C ends it.")
-                await stop.watch(_for_ever())
-    count.exchanges = records.exchanges
-    return Report(count.exchanges, count.sessions, count.rollouts, count.exit_code)
+        if not command:
+            say(f"  OPENAI_BASE_URL={server.url}/v1  ANTHROPIC_BASE_URL={server.url}")
+            say("  Ctrl-C ends it.")
+        exit_code = 0
+        with Stop() as stop:
+            try:
+                work = _command(command, server.url, keys) if command else _for_ever()
+                exit_code = await stop.watch(work)
+            except Interrupted as interrupted:
+                exit_code = interrupted.exit_code if command else 0
+    if sessions.failed:
+        say(f"gateway: the end of {sessions.failed} sessions failed")
+        exit_code = exit_code or 1
+    return Report(records.exchanges, count.sessions, count.rollouts, exit_code)
 
 
 @dataclass
 class _Count:
-    exchanges: int = 0
     sessions: int = 0
     rollouts: int = 0
-    exit_code: int = 0
+
+
+def _models(config: TrainingConfig, section: GatewayConfig) -> tuple[str, ...]:
+    """What `/v1/models` lists; nothing where the upstream's model is the callers' choice."""
+    if section.upstream is not None:
+        return () if section.upstream.model is None else (section.upstream.model,)
+    return (config.model.name_or_path or "policy",)
 
 
 def _keys(section: GatewayConfig) -> list[str] | None:
@@ -146,6 +162,10 @@ async def _answering(
 async def _by_the_policy(
     config: TrainingConfig, section: GatewayConfig, count: _Count, closing: AsyncExitStack
 ) -> tuple[Make, Ended]:
+    rollouts = None
+    if section.rollouts is not None:
+        rollouts = AppendOnly(Path(section.rollouts), "gateway.rollouts")
+        closing.callback(rollouts.close)
     policy = load_policy(config.model, seed=config.seed)
     engine = build_engine(config, policy)
     closing.push_async_callback(engine.close)
@@ -157,15 +177,13 @@ async def _by_the_policy(
     if section.tool_format is not None:
         renderer = make_renderer(codec_of(policy), policy.tokenizer, section.tool_format)
         describes = True
-    rollouts = None
-    if section.rollouts is not None:
-        path = Path(section.rollouts)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rollouts = closing.enter_context(path.open("ab", buffering=0))
     settings = config.algorithm.hyperparameters
     params = SamplingParams(settings.max_new_tokens, settings.temperature)
 
+    ids = _Ids()
+
     def make(name: str) -> Session:
+        own = ids.open(name)
         agent = EngineAgent(
             engine=engine,
             renderer=renderer,
@@ -173,12 +191,12 @@ async def _by_the_policy(
             run_seed=config.seed,
             epoch=0,
             sample=0,
-            rollout_id=name,
+            rollout_id=own,
         )
         told = {"temperature": settings.temperature, "top_p": 1.0}
         return Recorder(
             _Visitor(agent, engine),
-            Task(name, ()),
+            Task(own, ()),
             renderer,
             settings=told,
             describe_tools=describes,
@@ -186,22 +204,46 @@ async def _by_the_policy(
 
     def ended(name: str, session: Session) -> None:
         assert isinstance(session, RecordedSession) and isinstance(session.inner, Recorder)
+        own = ids.close(name)
         if rollouts is None or session.inner.turns == 0:
             return
-        line = encode_rollout(_rollout(name, session.inner)).encode("ascii")
+        line = encode_rollout(_rollout(own, session.inner)).encode("ascii")
         rollouts.write(gzip.compress(line, compresslevel=1, mtime=0))
         count.rollouts += 1
 
     return make, ended
 
 
-def _rollout(name: str, recorder: Recorder) -> Rollout:
-    """A session as a rollout; the reward is what its caller said, at the last turn."""
-    task = Task(name, (), metadata=dict(recorder.metadata))
-    rollout = Rollout(id=name, task=task, stop_reason="environment")
+@dataclass
+class _Ids:
+    """What rollouts are called: as their session, and from its second time on `NAME~2`, ... ."""
+
+    taken: dict[str, int] = field(default_factory=dict)
+    """Times that a name was given out."""
+    current: dict[str, str] = field(default_factory=dict)
+
+    def open(self, name: str) -> str:
+        own = name
+        while own in self.taken:
+            self.taken[name] += 1
+            own = f"{name}~{self.taken[name]}"
+        self.taken[own] = 1
+        self.current[name] = own
+        return own
+
+    def close(self, name: str) -> str:
+        return self.current.pop(name)
+
+
+def _rollout(own: str, recorder: Recorder) -> Rollout:
+    """A session as a rollout; the reward is what its caller said, at the last turn, and the metric
+    `reward_given` whether it said one."""
+    task = Task(own, (), metadata=dict(recorder.metadata))
+    rollout = Rollout(id=own, task=task, stop_reason="environment")
     recorder.enter(rollout)
     turns = len(rollout.model_messages)
     rollout.reward = recorder.reward or 0.0
+    rollout.metrics["reward_given"] = float(recorder.reward is not None)
     rollout.env_rewards = [0.0] * (turns - 1) + [rollout.reward] * (turns > 0)
     rollout.step_rewards = list(rollout.env_rewards)
     return rollout
@@ -233,12 +275,14 @@ async def _sweep(sessions: Sessions) -> None:
         sessions.sweep()
 
 
-async def _for_ever() -> None:
+async def _for_ever() -> int:
     await asyncio.Event().wait()
+    return 0
 
 
 async def _command(command: Sequence[str], url: str, keys: Collection[str] | None) -> int:
-    """Run a program that finds the gateway in its environment; its exit code.
+    """Run a program that finds the gateway in its environment; its exit code, as shells have it:
+    128 and the signal's number where one killed it.
 
     Raises:
         UserError: there is no such program.
@@ -252,8 +296,18 @@ async def _command(command: Sequence[str], url: str, keys: Collection[str] | Non
             f"{command[0]} cannot be started: {error.strerror}", "Check the command."
         ) from None
     try:
-        return await process.wait()
+        code = await process.wait()
+        return code if code >= 0 else 128 - code
     finally:
         if process.returncode is None:
-            process.terminate()
+            await _end(process)
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    process.terminate()
+    try:
+        async with asyncio.timeout(PATIENCE_S):
             await process.wait()
+    except TimeoutError:
+        process.kill()
+        await process.wait()

@@ -40,8 +40,18 @@ _RANGES = {
     "presence_penalty": (-2.0, 2.0),
     "frequency_penalty": (-2.0, 2.0),
 }
-_AS_GIVEN = ("logit_bias", "reasoning_effort", "verbosity", "top_k", "min_p", "repetition_penalty")
-"""The last three are not OpenAI's, but servers of open models have them."""
+_READ = frozenset(
+    "model messages tools tool_choice parallel_tool_calls n stop max_tokens max_completion_tokens "
+    "logprobs stream modalities".split()
+) | frozenset((*_ELSEWHERE, *_RANGES, "seed", "top_logprobs", "response_format"))
+_DROPPED = frozenset(
+    "metadata store user service_tier stream_options prompt_cache_key prompt_cache_retention "
+    "safety_identifier".split()
+)
+"""Keys for the server alone."""
+_OTHER = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MOST_OTHERS = 32
+"""Keys that are none of these."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,8 @@ class ChatAsk(Ask):
 
 
 def read(body: Mapping[str, Any], headers: Mapping[str, str]) -> ChatAsk:
-    """A request. Keys that say nothing of the answer are dropped: metadata, store, user.
+    """A request. Keys that say nothing of the answer are dropped: metadata, store, user. Those that
+    are not known here go to `sampling` as they are; servers of open models have many.
 
     Raises:
         RequestRefused: see `Dialect.read`.
@@ -162,7 +173,13 @@ def _sampling(body: Mapping[str, Any]) -> dict[str, Any]:
     if sampling["top_logprobs"] is not None and not boolean(body, "logprobs"):
         raise RequestRefused("top_logprobs needs logprobs: true", param="top_logprobs")
     sampling["response_format"] = _response_format(body.get("response_format"))
-    sampling.update((name, body.get(name)) for name in _AS_GIVEN)
+    others = [name for name in body if name not in _READ and name not in _DROPPED]
+    if len(others) > MOST_OTHERS:
+        raise RequestRefused(f"more than {MOST_OTHERS} keys are unknown", param=others[0][:64])
+    for name in others:
+        if not _OTHER.fullmatch(name):
+            raise RequestRefused(f"the key {name[:64]!r} is unknown", param=name[:64])
+        sampling[name] = body[name]
     modalities = listing(body.get("modalities") or ["text"], "modalities")
     if modalities != ["text"]:
         raise RequestRefused("this model writes text only", param="modalities")

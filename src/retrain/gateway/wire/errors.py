@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 from retrain.gateway.ask import RequestRefused
@@ -10,6 +11,8 @@ from retrain.types import InfrastructureError, UserError
 
 MOST_LEVELS = 200
 """Of objects and lists in each other."""
+UPSTREAM_REFUSED = "upstream_refused"
+"""Code of a 502 that asking again does not help against."""
 _CONTAINERS = (dict, list)
 _CODES = {401: "invalid_api_key", 404: "not_found"}
 
@@ -18,12 +21,12 @@ def read_object(raw: bytes) -> dict[str, Any]:
     """The JSON object that a body is.
 
     Raises:
-        RequestRefused: it is none, or has what JSON does not (NaN), or what UTF-8 cannot write
-            (half of a surrogate pair).
+        RequestRefused: it is none, or has what JSON does not (NaN), a number beyond the largest,
+            or what UTF-8 cannot write (half of a surrogate pair).
     """
     try:
         text = raw.decode()
-        value = json.loads(text, parse_constant=_no_constant)
+        value = json.loads(text, parse_constant=_no_constant, parse_float=_finite)
         if "\\ud" in text or "\\uD" in text:
             json.dumps(value, ensure_ascii=False).encode()
         if _is_deep(value):
@@ -65,6 +68,13 @@ def _unreadable(error: ValueError | RecursionError) -> str:
 
 def _no_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number of JSON's")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if math.isinf(value):
+        raise ValueError(f"{number[:20]} is too large for a number")
+    return value
 
 
 def refusal_of(error: Exception) -> RequestRefused | None:

@@ -29,7 +29,7 @@ _OVERHEAD = 1_000
 """What a message counts as beside its text."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Kept:
     """An answer, and what its own request added to the conversation: linear in its length."""
 
@@ -37,6 +37,8 @@ class _Kept:
     told: tuple[Wire, ...]
     before: _Kept | None
     size: int
+    holders: int = 1
+    """The memory, and the answers right after it; at 0 it is gone."""
 
     def conversation(self) -> list[Wire]:
         """All messages up to the answer and with it."""
@@ -59,7 +61,8 @@ class Responses:
     it was for. `store: false` is not remembered.
 
     Args:
-        most_characters: of what is remembered, about; what was not used for longest goes first.
+        most_characters: of what is remembered, about; the conversation that was not used for
+            longest goes first.
     """
 
     def __init__(self, *, most_characters: int = MOST_CHARACTERS) -> None:
@@ -156,10 +159,21 @@ class Responses:
             return
         size = sum(_size(message) for message in (*ask.told, reply.choices[0].message))
         self._kept[slot] = _Kept(reply, ask.told, before, size)
+        if before is not None:
+            before.holders += 1
         self._size += size
         while self._size > self._most:
-            _, gone = self._kept.popitem(last=False)
-            self._size -= gone.size
+            self._release(self._kept.popitem(last=False)[1])
+
+    def _release(self, kept: _Kept) -> None:
+        """It is not found any more; a later answer may still hold on to it and all before it."""
+        at: _Kept | None = kept
+        while at is not None:
+            at.holders -= 1
+            if at.holders:
+                return
+            self._size -= at.size
+            at = at.before
 
 
 def _size(message: Wire) -> int:
