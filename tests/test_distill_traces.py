@@ -71,6 +71,8 @@ def test_what_the_log_alone_decides(tmp_path: Path) -> None:
         ("malformed", 1), ("broken_call", 1), ("no_model_message", 1), ("truncated", 1),
         ("min_reward", 2), ("duplicate", 1)]  # fmt: skip
     log = f"{tmp_path}/log.jsonl"
+    first, *more = report["dropped"]["min_reward"].pop("more")
+    assert (first.startswith(str(log)), more) == (True, [])
     assert report["dropped"]["min_reward"] == {
         "count": 2, "place": f"{log}:6", "detail": "reward 0.4"}  # fmt: skip
     assert report["dropped"]["truncated"]["place"] == f"{log}:4"

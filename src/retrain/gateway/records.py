@@ -84,6 +84,8 @@ class Records:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.exchanges = 0
+        self.opened = secrets.token_hex(4)
+        """Tells the sessions of this gateway from those that the file has of others."""
         self._file = AppendOnly(path, "gateway.records")
         if self._file.last not in (b"", b"\n"):
             self._file.write(b"\n")
@@ -125,7 +127,7 @@ class RecordedSession:
     def __init__(self, inner: Session, records: Records, name: str) -> None:
         self.inner = inner
         self._records = records
-        self._name = name
+        self._session = f"{name}~{records.opened}"
         self._places: OrderedDict[str, _Place] = OrderedDict()
         self._ends: dict[str, int] = {}
         self._begun = 0
@@ -160,7 +162,7 @@ class RecordedSession:
 
     def note(self, reward: float | None, metadata: Mapping[str, Any]) -> None:
         self.inner.note(reward, metadata)
-        line = {"type": "session", "session": self._name, "reward": reward}
+        line = {"type": "session", "session": self._session, "reward": reward}
         self._records.write({**line, "metadata": dict(metadata), "at": time.time()})
 
     def _write(
@@ -173,13 +175,13 @@ class RecordedSession:
         if place is None or not goes_on:
             parent = None if place is None else place.conversation
             self._begun += 1
-            place, known = _Place(f"{self._name}/{self._tag}-{self._begun}", 0, 0), 0
+            place, known = _Place(f"{self._session}/{self._tag}-{self._begun}", 0, 0), 0
         tools = hash(json.dumps(ask.tools, sort_keys=True, default=str)) if ask.tools else 0
         usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens}
         line: dict[str, Any] = {
             "type": "exchange",
             "id": reply.id,
-            "session": self._name,
+            "session": self._session,
             "conversation": place.conversation,
             "parent": parent,
             "at": time.time(),

@@ -237,6 +237,11 @@ class GatewayServer:
 
 
 def _noted(session: Session, body: Mapping[str, Any]) -> Response:
+    for key in body:
+        if key not in ("reward", "metadata"):
+            raise RequestRefused(f"unknown key {key!r}; there are reward, metadata", param=key)
+    if not body:
+        raise RequestRefused("there is neither a reward nor metadata", param="reward")
     reward, metadata = body.get("reward"), body.get("metadata")
     if reward is not None:
         if isinstance(reward, bool) or not isinstance(reward, int | float):

@@ -76,6 +76,7 @@ def describe_traces(config: TrainingConfig) -> Iterator[str]:
     first, *rest = selection.report.lines()
     yield f"traces from {', '.join(settings.sources)}: {first}"
     yield from rest
+    yield "not looked for here: traces that are unwritable or too_long, which takes the tokenizer"
     if scored and asked:
         yield f"not scored here: {' and '.join(asked)}"
     if not scored and config.changed("reward_setup"):
@@ -307,6 +308,7 @@ def _announce(name: str, selection: _Selection, context: RunContext) -> None:
     context.run.write_text(traces, "".join(lines))
     for line in selection.report.lines():
         context.progress.line(line)
+    context.progress.line(f"written: {report}, {traces}")
 
 
 def _kept_before(name: str, context: RunContext) -> list[Trace] | None:

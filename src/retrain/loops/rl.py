@@ -140,6 +140,11 @@ class RLStage:
             with context.saved_on_failure(self.config, state, work.training):
                 await context.stop.watch(self._evaluate(step, work, context))
             await work.thread.run(functools.partial(self._save, step, work, context))
+        if work.update.learner.updates == 0:
+            context.progress.line(
+                f"{self.name}: nothing was learnt: no step had rollouts that teach; "
+                "metrics.jsonl and failures.jsonl say why"
+            )
 
     def _begin(self, context: RunContext) -> _Work:
         update = build_update(

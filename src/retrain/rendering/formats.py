@@ -56,9 +56,8 @@ class TagFormat:
     def __init__(self, tags: TagConfig | None = None, *, answer_end: str | None = None) -> None:
         self.tags = tags or TagConfig()
         self.opening = self.tags.tool_start
-        self.stop: tuple[str, ...] = (self.tags.tool_end,)
-        if answer_end is not None:
-            self.stop += (answer_end,)
+        ends = (self.tags.tool_end, answer_end)
+        self.stop: tuple[str, ...] = tuple(end for end in ends if end is not None)
         self.markers: tuple[str, ...] = (
             self.tags.tool_start.strip(),
             self.tags.tool_end.strip(),

@@ -45,6 +45,10 @@ MEANINGS: dict[Reason, str] = {
 }
 
 
+MOST_PLACES = 9
+"""Of each reason, besides the first."""
+
+
 @dataclass
 class Dropped:
     count: int
@@ -52,6 +56,8 @@ class Dropped:
     """Of the first."""
     detail: str
     """About the first."""
+    more: list[str] = field(default_factory=list)
+    """Places of the next few, each with what is to be said of it."""
 
 
 @dataclass
@@ -67,10 +73,13 @@ class Report:
     dropped: dict[Reason, Dropped] = field(default_factory=dict)
 
     def drop(self, reason: Reason, place: str, detail: str = "") -> None:
-        if reason in self.dropped:
-            self.dropped[reason].count += 1
-        else:
+        found = self.dropped.get(reason)
+        if found is None:
             self.dropped[reason] = Dropped(1, place, detail)
+            return
+        found.count += 1
+        if len(found.more) < MOST_PLACES:
+            found.more.append(f"{place}: {detail}" if detail else place)
 
     def to_json(self) -> str:
         """`distill_report.json`: reasons in the order of the filters."""
