@@ -131,7 +131,7 @@ async def test_killing_the_run_leaves_nothing(how: signal.Signals, tmp_path: Pat
     try:
         found = await until(tmp_path, 4)
         run.send_signal(how)
-        run.wait(30)
+        run.wait(120)
         assert await gone(*found)
     finally:
         run.kill()

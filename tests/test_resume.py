@@ -200,7 +200,7 @@ def test_two_undisturbed_runs_are_equal_and_a_seed_makes_another(
     weights = "rl/model.safetensors"
     assert other["tensors"][weights] != expected["pipeline"][0]["tensors"][weights]
     steps = [(r["stage"], r["step"]) for r in other["metrics"]]
-    assert len(set(steps)) == len(steps) == 20 + 1 + 5 + 2 + 1
+    assert len(set(steps)) == len(steps) == 20 + 10 + 1 + 5 + 2 + 1
     turns = [row["turns/mean"] for row in other["metrics"] if row["stage"] == "rl"]
     assert min(turns) > 1, "the world's own time matters from the second turn on"
 

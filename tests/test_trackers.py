@@ -134,7 +134,8 @@ def expected(ran: Ran) -> dict[tuple[str, int], float]:
     found = {}
     for row in read_metrics(ran.tracked / "metrics.jsonl"):
         stage, step = str(row["stage"]), int(row["step"] or 0)
-        at = {"sft": step, "rl": 2 + step, "rl-eval": 2 + step, "after": LAST}[stage]
+        moved = {"sft": 0, "sft-eval": 0, "rl": 2, "rl-eval": 2}
+        at = LAST if stage == "after" else moved[stage] + step
         for name in ("loss", "reward/mean", "eval/T=1/reward"):
             if row.get(name) is not None:
                 found[f"{stage}/{name}", at] = float(row[name] or 0)
