@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict
+import re
+from typing import Annotated
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 
 class Section(BaseModel):
@@ -28,3 +31,15 @@ class Section(BaseModel):
             for key in keys
             if getattr(self, key) != fields[key].get_default(call_default_factory=True)
         ]
+
+
+def _names_a_variable(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        raise ValueError(  # without the value, which may be a key
+            "not the name of an environment variable; name the one that holds the key"
+        )
+    return name
+
+
+VariableName = Annotated[str, AfterValidator(_names_a_variable)]
+"""Of an environment variable; what it holds has no place in a config."""

@@ -3,20 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from retrain.config.base import Section
+from retrain.config.base import Section, VariableName
 from retrain.config.formats import ToolFormatConfig
-
-
-def _variable(name: str | None) -> str | None:
-    if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(  # without the value, which may be a key
-            "not the name of an environment variable; name the one that holds the key"
-        )
-    return name
 
 
 class UpstreamConfig(Section):
@@ -26,7 +17,7 @@ class UpstreamConfig(Section):
     """The API's base, such as `https://api.openai.com/v1`."""
     model: str | None = None
     """Asked for instead of what requests name."""
-    api_key_env: str | None = None
+    api_key_env: VariableName | None = None
     """The environment variable that holds the endpoint's key; callers never see it."""
     timeout_s: float = Field(600.0, gt=0)
     """Of one attempt at an answer."""
@@ -34,8 +25,6 @@ class UpstreamConfig(Section):
     """Further attempts where the endpoint fails or is busy."""
     max_concurrency: int = Field(64, ge=1)
     """Most requests at once; further ones wait for their turn."""
-
-    _names_a_variable = field_validator("api_key_env")(_variable)
 
 
 class GatewayConfig(Section):
@@ -48,7 +37,7 @@ class GatewayConfig(Section):
     """To listen on; others than this machine's own need `keys_env`."""
     port: int = Field(8765, ge=0, le=65535)
     """To listen on; 0 takes a free one, which is printed."""
-    keys_env: str | None = None
+    keys_env: VariableName | None = None
     """The environment variable with the API keys that callers may use, separated by commas; null
     takes any key, which then only tells sessions apart."""
     records: str = "records.jsonl"
@@ -63,8 +52,6 @@ class GatewayConfig(Section):
     """Of silence, after which a session is over."""
     max_body_mb: float = Field(64.0, gt=0)
     """Of one request."""
-
-    _names_a_variable = field_validator("keys_env")(_variable)
 
     @model_validator(mode="after")
     def _keys_beyond_this_machine(self) -> GatewayConfig:

@@ -32,6 +32,17 @@ from retrain.config.tracking import TrackingConfig
 
 StageKind = Literal["sft", "rl", "distill", "eval"]
 
+_BY_ROLLOUTS = (
+    "algorithm",
+    "environment",
+    "prompt_source",
+    "reward_setup",
+    "rollout",
+    "checkpoint",
+    "monitors",
+    "evaluation",
+)
+
 READ_BY: dict[StageKind, tuple[str, ...]] = {
     "sft": (
         "algorithm",
@@ -42,27 +53,8 @@ READ_BY: dict[StageKind, tuple[str, ...]] = {
         "evaluation",
         "sft",
     ),
-    "rl": (
-        "algorithm",
-        "environment",
-        "prompt_source",
-        "reward_setup",
-        "rollout",
-        "checkpoint",
-        "monitors",
-        "evaluation",
-    ),
-    "distill": (
-        "algorithm",
-        "environment",
-        "prompt_source",
-        "reward_setup",
-        "rollout",
-        "checkpoint",
-        "monitors",
-        "evaluation",
-        "distillation",
-    ),
+    "rl": _BY_ROLLOUTS,
+    "distill": (*_BY_ROLLOUTS, "distillation"),
     "eval": ("algorithm", "environment", "reward_setup", "rollout", "evaluation"),
 }
 """The sections that a stage of each kind may overlay, since it reads them."""

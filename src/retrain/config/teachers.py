@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field, field_validator, model_validator
 
-from retrain.config.base import Section
+from retrain.config.base import Section, VariableName
 from retrain.config.imitation import TraceData
 from retrain.config.model import ModelConfig
 
@@ -60,7 +59,7 @@ class ServerTeacher(BaseTeacher):
     """Such as `http://127.0.0.1:8000`."""
     tokenizer: str | None = None
     """The teacher's, as a hub id or a directory; null says that it is the student's."""
-    api_key_env: str | None = None
+    api_key_env: VariableName | None = None
     """The environment variable that holds the key. The key itself has no place in a config."""
     timeout_s: float = Field(120.0, gt=0)
     """Of one attempt at one sequence, once it has its turn."""
@@ -76,15 +75,6 @@ class ServerTeacher(BaseTeacher):
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{url!r} is not a web address; write http://host:port")
         return url
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_variable(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(  # without the value, which may be a key
-                "not the name of an environment variable; name the one that holds the key"
-            )
-        return name
 
 
 class VLLMTeacher(ServerTeacher):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from retrain.config.base import Section
+from retrain.config.base import Section, VariableName
 from retrain.config.model import ModelConfig
 
 
@@ -50,7 +49,7 @@ class EndpointPlayer(Section):
     """The API's base, such as `https://api.openai.com/v1`."""
     model: str
     """As the endpoint names it."""
-    api_key_env: str | None = None
+    api_key_env: VariableName | None = None
     """The environment variable that holds the key. The key itself has no place in a config."""
     max_new_tokens: int = Field(128, ge=1)
     """Of one reply."""
@@ -63,15 +62,6 @@ class EndpointPlayer(Section):
     failed."""
     max_concurrency: int = Field(16, ge=1)
     """Most requests at once; further ones wait for their turn."""
-
-    @field_validator("api_key_env")
-    @classmethod
-    def _names_a_variable(cls, name: str | None) -> str | None:
-        if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError(  # without the value, which may be a key
-                "not the name of an environment variable; name the one that holds the key"
-            )
-        return name
 
 
 class EndpointUser(EndpointPlayer):
